@@ -1,0 +1,1 @@
+"""Runs at the data holder and trusts nothing that arrives."""

@@ -1,0 +1,237 @@
+"""Private training of a head on features, at one data holder, in one round.
+
+Nothing that depends on the records leaves this module but the noised parameters: divisor, sample rate and number of
+steps are declared, and no loss, norm or count is returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from fedhead.client.gradients import Features, make_path
+from fedhead.common.config.schema import Optimizer
+from fedhead.common.errors import InputError
+from fedhead.common.models.trainable import Trainable
+from fedhead.common.privacy.clipping import finite_records
+from fedhead.common.privacy.events import Event, GaussianEvent, NoPrivacyEvent, PoissonEvent
+from fedhead.common.privacy.noise import Streams
+from fedhead.common.privacy.optimizers import PrivateOptimizer, add_pull, begin_round, make_optimizer
+from fedhead.common.privacy.sampling import poisson_sample
+from fedhead.common.tasks import Task
+
+MECHANISMS: Final = ("full-batch", "poisson", "none")
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """All that fixes what a holder does in one round; holds no data.
+
+    Parameters
+    ----------
+    mechanism : "full-batch", "poisson" or "none"
+    noise_multiplier : float, > 0
+        Noise standard deviation over clipping norm; not used by "none".
+    clipping_norm : float, > 0
+        Most that one record moves the gradient sum (L2 norm); not used by "none".
+    sample_rate : float in (0, 1], or None
+        Probability of each record in a step ("poisson").
+    local_steps : int, >= 1
+    declared_records : int, >= 1
+        The public constant in place of the true count.
+    optimizer : SGD, Adam or AdamW
+        Settings; the learning rate in them is not read.
+    learning_rate : float, > 0
+        Of this round.
+    proximal_mu : float, >= 0
+        Pull to the received parameters (FedProx).
+    chunk : int, >= 1
+        Most records at once; changes memory, not the result. With dropout it changes which units are dropped.
+    """
+
+    mechanism: str
+    noise_multiplier: float
+    clipping_norm: float
+    sample_rate: float | None
+    local_steps: int
+    declared_records: int
+    optimizer: Optimizer
+    learning_rate: float
+    proximal_mu: float = 0.0
+    chunk: int = 4096
+
+    def event(self) -> Event:
+        """What a round by this plan spends.
+
+        Raises
+        ------
+        InputError
+            A value breaks its rule.
+        """
+        if self.declared_records < 1:
+            raise InputError(
+                f"declared_records is {self.declared_records!r}: it must be at least 1. Declare a constant."
+            )
+        if self.chunk < 1:
+            raise InputError(f"chunk is {self.chunk!r}: it must be at least 1. Leave it out.")
+        if self.mechanism == "full-batch":
+            return GaussianEvent(self.noise_multiplier, self.clipping_norm, self.local_steps)
+        if self.mechanism == "poisson":
+            if self.sample_rate is None:
+                raise InputError("sample_rate is missing: poisson needs a probability. Set it, or use full-batch.")
+            return PoissonEvent(self.noise_multiplier, self.clipping_norm, self.sample_rate, self.local_steps)
+        if self.mechanism == "none":
+            return NoPrivacyEvent(self.local_steps)
+        raise InputError(f"mechanism is {self.mechanism!r}: it must be one of {', '.join(MECHANISMS)}. Choose one.")
+
+    @property
+    def divisor(self) -> float:
+        """Expected records in a step, from declared numbers alone."""
+        return self.declared_records * (self.sample_rate or 1.0 if self.mechanism == "poisson" else 1.0)
+
+
+class Trainer:
+    """Trains one trainable, round after round and holder after holder.
+
+    Parameters
+    ----------
+    trainable : Trainable
+        Trained in place; load the received parameters into it before a round.
+    task : Task
+    path : str, optional
+        Gradient path (`fedhead.client.gradients`); default the quickest.
+
+    Notes
+    -----
+    Optimizers and gradient paths are made once and start every round without memory of the last.
+    """
+
+    def __init__(self, trainable: Trainable, task: Task, path: str | None = None) -> None:
+        self.trainable = trainable
+        self.task = task
+        self.path = make_path(trainable, task, path)
+        self.parameters: list[nn.Parameter] = list(trainable.trained().values())
+        self._optimizers: dict[Optimizer, PrivateOptimizer] = {}
+        self._draws = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in trainable.modules())
+
+    def round(self, features: Features, targets: Tensor, plan: StepPlan, streams: Streams) -> Event:
+        """Take the plan's local steps on a holder's records.
+
+        Parameters
+        ----------
+        features : Features
+            N records; N may be 0, and the steps then release noise alone.
+        targets : Tensor, int64, shape (N,)
+        plan : StepPlan
+        streams : Streams
+            Of this holder and round: noise, sampling and dropout, each from a stream of its own.
+
+        Returns
+        -------
+        Event
+            What was spent. It depends on the plan only.
+
+        Raises
+        ------
+        InputError
+            The plan breaks a rule, or features and targets differ in length.
+
+        Notes
+        -----
+        Guarantee: with "full-batch" or "poisson", the change of the parameters is the event's mechanism applied to
+        the records, under adding or removing one; what follows the noise (divisor, pull, optimizer) reads no record.
+        """
+        event = plan.event()
+        if len(features) != len(targets):
+            raise InputError("targets differ in number from features: each record must have one. Rebuild the features.")
+        self.trainable.train()
+        if isinstance(event, NoPrivacyEvent):
+            self._plain(features, targets, plan, streams)
+        else:
+            self._private(features, targets, plan, streams)
+        return event
+
+    def _optimizer(self, settings: Optimizer) -> PrivateOptimizer:
+        found = self._optimizers.get(settings)
+        if found is None:
+            found = self._optimizers[settings] = PrivateOptimizer(make_optimizer(settings, self.parameters))
+        return found
+
+    def _private(self, features: Features, targets: Tensor, plan: StepPlan, streams: Streams) -> None:
+        optimizer, path, records = self._optimizer(plan.optimizer), self.path, len(features)
+        optimizer.begin(
+            noise_multiplier=plan.noise_multiplier,
+            clipping_norm=plan.clipping_norm,
+            divisor=plan.divisor,
+            learning_rate=plan.learning_rate,
+            proximal_mu=plan.proximal_mu,
+        )
+        path.begin(features, targets, plan.clipping_norm)
+        try:
+            chunk = path.records_at_once(plan.chunk)
+            for step in range(plan.local_steps):
+                with self._dropout(streams, step) if self._draws else nullcontext():
+                    if plan.mechanism == "poisson":
+                        assert plan.sample_rate is not None  # held by plan.event()
+                        sample = poisson_sample(records, plan.sample_rate, streams.generator(step, "sampling"))
+                        for start in range(0, len(sample), chunk):
+                            path.add_rows(sample[start : start + chunk])
+                    else:
+                        for start in range(0, records, chunk):
+                            path.add_rows(slice(start, min(start + chunk, records)))
+                optimizer.noise = streams.noise(step)
+                optimizer.step()
+                optimizer.zero_grad()
+        finally:
+            path.end()
+            optimizer.zero_grad()
+
+    def _plain(self, features: Features, targets: Tensor, plan: StepPlan, streams: Streams) -> None:
+        """Steps without privacy: the plain gradient of the summed loss over the same divisor."""
+        optimizer = self._optimizer(plan.optimizer).original_optimizer
+        begin_round(optimizer, plan.learning_rate)
+        received = [p.detach().clone() for p in self.parameters] if plan.proximal_mu else []
+        first = self.parameters[0]
+        for step in range(plan.local_steps):
+            optimizer.zero_grad(set_to_none=True)
+            with self._dropout(streams, step) if self._draws else nullcontext():
+                for start in range(0, len(features), plan.chunk):
+                    rows = slice(start, min(start + plan.chunk, len(features)))
+                    values, lengths = features.batch(rows)
+                    keep = finite_records(values, lengths)
+                    values = values[keep].to(first.device, first.dtype)
+                    lengths = None if lengths is None else lengths[keep].to(first.device)
+                    losses = self.task.losses(self.trainable(values, lengths), targets[rows][keep].to(first.device))
+                    torch.autograd.backward(losses.sum() / plan.divisor)
+            for p in self.parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if received:
+                add_pull(self.parameters, plan.proximal_mu, received)
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def _dropout(self, streams: Streams, step: int) -> Iterator[None]:
+        """Draw dropout from the step's stream; torch's global generator is put back afterwards."""
+        device = self.parameters[0].device
+        with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=streams.generator(step, "dropout"))))
+            yield
+
+
+def train_round(  # noqa: PLR0917 (the pieces of a round, in the order of Trainer's two calls)
+    trainable: Trainable,
+    task: Task,
+    features: Features,
+    targets: Tensor,
+    plan: StepPlan,
+    streams: Streams,
+    path: str | None = None,
+) -> Event:
+    """One round of a trainable that is used once; see `Trainer.round`."""
+    return Trainer(trainable, task, path).round(features, targets, plan, streams)

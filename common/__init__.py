@@ -1,0 +1,1 @@
+"""What the server and the data holders must agree on; imports neither side."""

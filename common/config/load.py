@@ -1,0 +1,179 @@
+"""Reading a recipe: TOML, overrides, and every fault at once."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from fedhead.common.config.checks import CHECKS, Sections
+from fedhead.common.config.faults import fault, faults_of
+from fedhead.common.config.schema import RunConfig
+from fedhead.common.errors import ConfigError
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe.
+
+    Parameters
+    ----------
+    path : path
+        A TOML file; relative paths inside it start from its folder.
+    overrides : sequence of str
+        `a.b=value`, applied in order; the value is read as TOML, or as text where it is none.
+
+    Raises
+    ------
+    ConfigError
+        With every fault at once.
+    """
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            [f'RECIPE is "{path}": there is no such file. "fedhead simulate --list" names the built-in recipes.']
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            [f'RECIPE is "{path}": it can\'t be read ({type(error).__name__}). Check the file.']
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([f'RECIPE is "{path}": it is no valid TOML ({error}). Correct that line.']) from error
+    for override in overrides:
+        _override(raw, override)
+    return make_config(raw, base=path.parent)
+
+
+def make_config(raw: Mapping[str, Any], base: Path | None = None) -> RunConfig:
+    """A recipe from a nested mapping.
+
+    Parameters
+    ----------
+    raw : mapping
+        The tables of the recipe.
+    base : path, optional
+        Folder that relative paths start from; default: the current one.
+
+    Raises
+    ------
+    ConfigError
+        With every fault at once.
+    """
+    faults: list[str] = []
+    pruned: dict[str, Any] = copy.deepcopy(dict(raw))
+    try:
+        RunConfig.model_validate(pruned)
+    except ValidationError as error:
+        faults += faults_of(error, raw, _known_keys(RunConfig))
+    # Combinations are judged over the sections that are valid in themselves, so that all faults come at once.
+    sections: dict[str, Any] = {}
+    for name, info in RunConfig.model_fields.items():
+        if name not in pruned and info.is_required():
+            continue
+        section = _Probe.of(name, pruned)
+        if section is not None:
+            sections[name] = section
+    for check in CHECKS:
+        faults += check(Sections(**sections))
+    if faults:
+        raise ConfigError(faults)
+    config = RunConfig.model_validate(pruned)
+    config._base = (base or Path.cwd()).resolve()
+    return config
+
+
+def to_json(config: RunConfig) -> str:
+    """A recipe as one JSON text, with the folder its paths start from; `from_json` gives it back unchanged."""
+    return json.dumps({"base": str(config.base), "recipe": config.model_dump(mode="json")}, sort_keys=True)
+
+
+def from_json(text: str) -> RunConfig:
+    """The recipe that `to_json` wrote."""
+    data = json.loads(text)
+    return make_config(data["recipe"], base=Path(data["base"]))
+
+
+def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """A copy with some settings changed, checked anew; keys are dotted names such as `privacy.epsilon`."""
+    raw = config.model_dump(mode="json", exclude_unset=True)
+    for key, value in changes.items():
+        _assign(raw, key.split("."), value, key)
+    return make_config(raw, base=config.base)
+
+
+class _Probe:
+    """Validates one section alone."""
+
+    @staticmethod
+    def of(name: str, raw: Mapping[str, Any]) -> Any:
+        if name not in raw:
+            return RunConfig.model_fields[name].get_default(call_default_factory=True)
+        try:
+            return RunConfig.__pydantic_validator__.validate_assignment(
+                RunConfig.model_construct(), name, raw[name]
+            ).__getattribute__(name)
+        except ValidationError:
+            return None
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key.strip():
+        raise ConfigError(
+            [f'--set is "{override}": it must have the form key=value. Give one such as privacy.epsilon=3.']
+        )
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    _assign(raw, key.strip().split("."), value, key)
+
+
+def _assign(raw: dict[str, Any], keys: list[str], value: Any, name: str) -> None:
+    here = raw
+    for key in keys[:-1]:
+        following = here.setdefault(key, {})
+        if not isinstance(following, dict):
+            raise ConfigError([fault(name, value, f'"{key}" is no table of the recipe', "Check the setting's name.")])
+        here = following
+    here[keys[-1]] = value
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> dict[str, list[str]]:
+    from fedhead.common.config.reference import tables_of
+
+    known: dict[str, list[str]] = {prefix: list(model.model_fields)}
+    for name, info in model.model_fields.items():
+        path = f"{prefix}.{name}" if prefix else name
+        for table in tables_of(info.annotation):
+            for key, keys in _known_keys(table, path).items():
+                known[key] = sorted({*known.get(key, []), *keys})
+    return known
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """The recipes that ship with fedhead: name -> file."""
+    spec = importlib.util.find_spec("fedhead.simulations.recipes")
+    folders = spec.submodule_search_locations if spec is not None else None
+    return {path.stem: path for folder in folders or () for path in sorted(Path(folder).glob("*.toml"))}
+
+
+def find_recipe(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """A recipe by the name of a built-in one, or by its file.
+
+    Raises
+    ------
+    ConfigError
+        With every fault at once.
+    """
+    known = builtin_recipes()
+    if str(name) in known and not Path(name).exists():
+        return load_recipe(known[str(name)], overrides)
+    return load_recipe(name, overrides)

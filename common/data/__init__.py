@@ -1,0 +1,1 @@
+"""Records: loading, partitioning, digests."""

@@ -1,0 +1,157 @@
+"""Readers of files and folders, through Hugging Face `datasets`.
+
+`datasets` turns a file into an Arrow file and maps it into memory. Those copies of private records are made in a folder
+of their own that only the owner can read, and the folder is removed as soon as the files are mapped: afterwards nothing
+is left behind, not even by a kill. No network is used, and no code that comes with the data is ever run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+
+from fedhead.common.data.loaded import LazyColumns, Loaded, Request
+from fedhead.common.data.paths import resolve_path
+from fedhead.common.errors import DataError
+
+
+def load_csv(request: Request) -> Loaded:
+    """A CSV file with a header. Every value is read as text, so that labels stay as typed and "null" is a word."""
+    path = _file(request)
+
+    def read(cache: str) -> Dataset:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            rows = csv.reader(lines)
+            header = next(rows, [])
+            if next(rows, None) is None:
+                raise DataError(f"{request.shown}: it holds no record. Add records below the header.")
+        features = Features({name: Value("string") for name in header})
+        # A row with more fields than the header must be a fault; pandas would else shift it and name rows by it.
+        return Dataset.from_csv(
+            str(path), features=features, cache_dir=cache, keep_default_na=False, index_col=False, on_bad_lines="error"
+        )
+
+    return _loaded(_read(request, read), path.parent)
+
+
+def load_json(request: Request) -> Loaded:
+    """A JSON file: one object a line, or one array of objects."""
+    path = _file(request)
+    return _loaded(_read(request, lambda cache: Dataset.from_json(str(path), cache_dir=cache)), path.parent)
+
+
+def load_parquet(request: Request) -> Loaded:
+    """A Parquet file."""
+    path = _file(request)
+    return _loaded(_read(request, lambda cache: Dataset.from_parquet(str(path), cache_dir=cache)), path.parent)
+
+
+def load_imagefolder(request: Request) -> Loaded:
+    """A folder of images, one subfolder a label; with subfolders `train` and `test`, the part that is asked for."""
+    path = _folder(request)
+
+    def read(cache: str) -> Dataset | DatasetDict:
+        return datasets.load_dataset("imagefolder", data_dir=str(path), cache_dir=cache, drop_metadata=False)
+
+    return _loaded(_read(request, read), path)
+
+
+def load_saved(request: Request) -> Loaded:
+    """A folder written by `save_to_disk`; of a dictionary of splits, the one that is asked for."""
+    path = _folder(request)
+    return _loaded(_read(request, lambda _: datasets.load_from_disk(str(path))), path)
+
+
+def _file(request: Request) -> Path:
+    path = resolve_path(request.name, request.base, request.shown)
+    if not path.is_file():
+        raise DataError(f"{request.shown}: it must be a file. Name a file in the folder.")
+    if path.stat().st_size == 0:
+        raise DataError(f"{request.shown}: the file is empty. Check how it was written.")
+    return path
+
+
+def _folder(request: Request) -> Path:
+    path = resolve_path(request.name, request.base, request.shown)
+    if not path.is_dir():
+        raise DataError(f"{request.shown}: it must be a folder. Name the folder that holds the data.")
+    return path
+
+
+def _read(request: Request, read: Callable[[str], Dataset | DatasetDict]) -> Dataset:
+    cache = tempfile.mkdtemp(prefix="fedhead-")  # readable by the owner only
+    try:
+        with quiet():
+            found = read(cache)
+    except DataError:
+        raise
+    except Exception as error:  # the message of a parser may quote a record: only the kind of fault is passed on
+        cause = error.__cause__ or error
+        raise DataError(
+            f"{request.shown}: it can't be read ({type(cause).__name__}). Check that the file is whole, has the "
+            "format that the source names, and is UTF-8."
+        ) from None
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+    if isinstance(found, DatasetDict):
+        if request.split not in found and len(found) > 1:
+            raise DataError(
+                f'{request.shown}: it has no part "{request.split}". Rename one of its parts: {", ".join(found)}.'
+            )
+        found = found[request.split] if request.split in found else next(iter(found.values()))
+    return found
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Neither progress bars nor log lines of `datasets` (they could show a record), and no count of downloads."""
+    from datasets.utils import logging
+
+    bars, level, counts = (
+        datasets.are_progress_bars_disabled(),
+        logging.get_verbosity(),
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS,
+    )
+    datasets.disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
+        logging.set_verbosity(level)
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+
+
+def _loaded(table: Dataset, folder: Path) -> Loaded:
+    """Columns of a table; images stay encoded, and are decoded by us, so that a corrupt one can be skipped."""
+    for name, feature in table.features.items():
+        if isinstance(feature, Image):
+            table = table.cast_column(name, Image(decode=False))
+    plain = table.with_format(None)
+
+    def column(name: str) -> np.ndarray:
+        values = plain[name][:]
+        try:
+            return np.asarray(values)
+        except ValueError:  # lists of different lengths
+            found = np.empty(len(values), dtype=object)
+            found[:] = values
+            return found
+
+    def fetch(name: str, rows: np.ndarray) -> list[Any]:
+        found: list[Any] = plain.select_columns([name])[rows.tolist()][name] if len(rows) else []
+        return found
+
+    names = {name: feature.names for name, feature in table.features.items() if isinstance(feature, ClassLabel)}
+    return Loaded(len(table), LazyColumns(table.column_names, column), names, fetch, folder)

@@ -1,0 +1,57 @@
+"""Paths as they stand in a recipe: relative to the recipe's folder, or inside an installed package."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from fedhead.common.errors import DataError
+
+SCHEME = "pkg://"
+
+
+def resolve_path(text: str, base: Path, setting: str) -> Path:
+    """The file or folder that a recipe names.
+
+    Parameters
+    ----------
+    text : str
+        A path, relative to `base` or absolute, or `pkg://PACKAGE/FILE`.
+    base : Path
+        The recipe's folder.
+    setting : str
+        The setting's name and value as typed, for the error.
+
+    Raises
+    ------
+    DataError
+        When the package isn't installed or nothing is there.
+
+    Notes
+    -----
+    A package is found, never imported: none of its code runs.
+    """
+    if not text.startswith(SCHEME):
+        path = base / Path(text).expanduser()
+        if not path.exists():
+            raise DataError(
+                f"{setting}: there is no such file or folder ({path}). Paths start at the recipe's folder; check it."
+            )
+        return path
+    package, _, inside = text.removeprefix(SCHEME).partition("/")
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or spec.submodule_search_locations is None:
+        raise DataError(f'{setting}: the package "{package}" isn\'t installed. Install it, or give a path.')
+    for folder in spec.submodule_search_locations:
+        if (Path(folder) / inside).exists():
+            return Path(folder) / inside
+    raise DataError(f'{setting}: the package "{package}" has no file "{inside}". Check the name inside the package.')
+
+
+def cache_folder() -> Path:
+    """The user's cache folder for public data sets: `$FEDHEAD_CACHE`, or `fedhead` in the system's cache folder."""
+    chosen = os.environ.get("FEDHEAD_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedhead"

@@ -1,0 +1,42 @@
+"""Objects named in a recipe as `module:package.module:name`.
+
+Only recipes and files on this machine may name code. Nothing that arrives over the network is ever resolved here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from fedhead.common.errors import ConfigError
+
+
+def load_reference(reference: str, setting: str) -> Any:
+    """The object behind `module:package.module:name`.
+
+    Parameters
+    ----------
+    reference : str
+        As typed in the recipe.
+    setting : str
+        The setting's name, for the error.
+
+    Raises
+    ------
+    ConfigError
+        When the module can't be imported or has no such name.
+    """
+    parts = reference.split(":")
+    if len(parts) != 3 or parts[0] != "module":
+        raise ConfigError(
+            [f'{setting} is "{reference}": it must have the form "module:package.module:name". Give all three parts.']
+        )
+    try:
+        module = importlib.import_module(parts[1])
+    except ImportError as error:
+        raise ConfigError(
+            [f'{setting} is "{reference}": the module can\'t be imported ({error}). Install it, or set PYTHONPATH.']
+        ) from error
+    if not hasattr(module, parts[2]):
+        raise ConfigError([f'{setting} is "{reference}": {parts[1]} has no "{parts[2]}". Check the name\'s spelling.'])
+    return getattr(module, parts[2])

@@ -1,0 +1,1 @@
+"""Backbones, heads, and the cut between what is frozen and what is trained."""

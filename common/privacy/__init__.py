@@ -1,0 +1,1 @@
+"""Clipping, noise, mechanism events and accounting."""

@@ -1,0 +1,149 @@
+"""Clipping, record by record: what bounds the effect of one record on a released sum.
+
+Shapes: B records, D features, K outputs, T positions of a sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+SHRINK: Final = 1 - 2.0**-20
+"""Factors aim this share of the clipping norm, so that rounding in norms, factors and products (a few 2^-23 in
+float32) can't carry a record over it."""
+
+
+def clip_factors(norms: Tensor, clipping_norm: float) -> Tensor:
+    """What to scale each record's gradient by, so that its L2 norm is at most the clipping norm.
+
+    Parameters
+    ----------
+    norms : Tensor, shape (B,)
+        L2 norm of each record's gradient, over all trained parameters together.
+    clipping_norm : float, > 0
+        Sensitivity of the sum, in gradient units.
+
+    Returns
+    -------
+    factors : Tensor, shape (B,), in [0, 1]
+        1 for a norm below the clipping norm; 0 for a norm that is inf or NaN.
+
+    Notes
+    -----
+    Guarantee: ``factors[i] * norms[i] <= clipping_norm`` for every finite norm, in floating point. A record with
+    factor 0 must be left out of the sum, not multiplied: 0 times NaN is NaN.
+    Reference: Abadi et al. (2016), arXiv:1607.00133, Algorithm 1.
+    """
+    # inf gives 0; NaN stays NaN until the last operation
+    return (norms / (clipping_norm * SHRINK)).clamp_(min=1).reciprocal_().nan_to_num_(nan=0.0)
+
+
+def finite_records(values: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Which records hold finite numbers only.
+
+    Parameters
+    ----------
+    values : Tensor, shape (B, *shape), or (B, T, ...) with lengths
+    lengths : Tensor, int, shape (B,), optional
+        Positions that belong to each record; what lies behind them is padding and isn't looked at.
+
+    Returns
+    -------
+    finite : Tensor, bool, shape (B,)
+    """
+    good = values.isfinite()
+    if lengths is not None:
+        padding = torch.arange(values.shape[1], device=values.device) >= lengths[:, None]  # (B, T)
+        good = good | padding.reshape(*padding.shape, *([1] * (values.dim() - 2)))
+    return good.flatten(1).all(1)
+
+
+def feature_reach(x: Tensor, *, bias: bool, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """What the closed form needs of each feature vector; it never changes over steps and rounds.
+
+    Parameters
+    ----------
+    x : Tensor, shape (B, D)
+        Features as cached.
+    bias : bool
+        Whether the layer has a bias, that is a further feature of constant 1.
+    normalize : bool
+        Whether the layer sees x / max(||x||, 1e-12) rather than x.
+
+    Returns
+    -------
+    reach : Tensor, shape (B,)
+        L2 norm of what the layer sees, with the constant 1; inf for a record that isn't finite: factor 0.
+    scale : Tensor, shape (B,), or None
+        What to multiply x by to normalise it; None without `normalize`.
+    """
+    # double: float32 loses up to 1e-4 of a norm over 25,000 features, and its squares overflow from 1e19
+    norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+    finite = norms.isfinite()
+    scale = norms.clamp(min=1e-12).reciprocal_() if normalize else None
+    seen = norms if scale is None else norms * scale
+    reach = (seen.square() + 1).sqrt_() if bias else seen
+    reach = reach.masked_fill(~finite, torch.inf)
+    return reach.to(x.dtype), None if scale is None else scale.masked_fill_(~finite, 0.0).to(x.dtype)
+
+
+def linear_softmax_clipped_sum(
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    clipping_norm: float,
+    *,
+    reach: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of the clipped gradients of the records, for cross-entropy on a linear layer, without a gradient a record.
+
+    Parameters
+    ----------
+    x : Tensor, shape (B, D)
+        Features; with `reach` given, rows must be finite (zeros in place of what is not).
+    y : Tensor, int64, shape (B,)
+        Labels in [0, K).
+    weight : Tensor, shape (K, D)
+    bias : Tensor, shape (K,), or None
+    clipping_norm : float, > 0
+        Bound on each record's part of the sum: L2 norm over weight and bias together.
+    reach, scale : Tensor, shape (B,), optional
+        From `feature_reach`, when it was computed before; with `scale` the layer sees ``x * scale[:, None]``.
+
+    Returns
+    -------
+    grad_weight : Tensor, shape (K, D)
+    grad_bias : Tensor, shape (K,), or None
+
+    Notes
+    -----
+    Guarantee: adding or removing one row moves the result by at most clipping_norm, inf and NaN included (their factor
+    is 0); the rounding of the sum over rows comes on top.
+
+    With G = softmax(x W^T + b) - onehot(y), the gradient of row i is the outer product G_i [x_i, 1], so its norm is
+    ||G_i|| sqrt(||x_i||^2 + 1), and the clipped sum is (c G)^T [x, 1] with c_i = min(1, C / norm_i).
+    Reference: Goodfellow (2015), arXiv:1510.01799, for the norm of an outer product.
+    """
+    if reach is None:
+        reach, _ = feature_reach(x, bias=bias is not None, normalize=False)
+        x = x.masked_fill(~reach.isfinite()[:, None], 0.0)
+    if scale is None:
+        logits = x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())  # (B, K)
+    else:
+        column = scale.unsqueeze(1)
+        logits = x.mm(weight.t()).mul_(column)
+        if bias is not None:
+            logits.add_(bias)
+    g = logits.softmax(1)
+    g.scatter_add_(1, y.unsqueeze(1), g.new_full((1, 1), -1.0).expand(len(y), 1))
+    factors = clip_factors(torch.linalg.vector_norm(g, dim=1).mul_(reach), clipping_norm)
+    # where the factor is 0 because g is NaN, the product is NaN as well: that row must be 0
+    g.mul_(factors.unsqueeze(1)).nan_to_num_(nan=0.0)
+    grad_bias = None if bias is None else g.sum(0)
+    if scale is not None:
+        g.mul_(column)
+    return g.t().mm(x), grad_bias

@@ -1,0 +1,163 @@
+"""What travels between the server and the data holders: the only Flower-aware module of `common`.
+
+Down: the head's arrays and one `RoundRequest`. Up: the noised head's arrays, the declared record count as weight, the
+holder's name and the mechanism event that it charged. Nothing else leaves a holder: no loss, no accuracy, no true
+count, no exception text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from fedhead.common.config.schema import Optimizer
+from fedhead.common.errors import Refused
+
+ARRAYS, CONFIG, METRICS, RELEASE = "arrays", "config", "metrics", "release"
+WEIGHT = "num-examples"
+
+# Fixed codes and texts of a refusal: all that the server learns about its reason.
+INVALID_REQUEST = 1001
+OTHER_MODEL = 1002
+TRAINING_FAILED = 1099
+TEXTS: Mapping[int, str] = {
+    INVALID_REQUEST: "the request is not valid",
+    OTHER_MODEL: "the request is for another backbone or head",
+    TRAINING_FAILED: "training failed; the holder's own log says why",
+}
+
+
+class RoundRequest(BaseModel):
+    """All that fixes what a holder does in one round, checked field by field before anything is read.
+
+    The noise multiplier, clipping norm, sample rate and declared record count change the guarantee; the holder's own
+    policy has the last word on them. `seed` is for simulation: a deployed holder ignores it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    version: Literal[1] = 1
+    run: str = Field(min_length=1, max_length=64)
+    round: int = Field(ge=1)
+    task: str
+    backbone: str = Field(description="Digest of the backbone.")
+    unit: Literal["record"] = "record"
+    mechanism: Literal["full-batch", "poisson", "none"]
+    noise_multiplier: float = Field(ge=0)
+    clipping_norm: float = Field(gt=0)
+    sample_rate: float | None = Field(None, gt=0, lt=1)
+    local_steps: int = Field(ge=1)
+    declared_records: int = Field(ge=1)
+    optimizer: Optimizer
+    learning_rate: float = Field(gt=0)
+    proximal_mu: float = Field(0.0, ge=0)
+    chunk: int = Field(4096, ge=1)
+    seed: int | None = Field(None, ge=0)
+
+
+def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
+    """Tensors by name, in order, as Flower's arrays (float32)."""
+    return ArrayRecord(OrderedDict((name, value.detach().to("cpu", torch.float32)) for name, value in state.items()))
+
+
+def from_arrays(arrays: ArrayRecord, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in a record, checked against the names, shapes and finiteness that are expected.
+
+    Raises
+    ------
+    Refused
+        With the code OTHER_MODEL or INVALID_REQUEST; nothing of the values is in the text.
+    """
+    if list(arrays.keys()) != list(like):
+        raise refusal(OTHER_MODEL)
+    found: dict[str, Tensor] = {}
+    for name, expected in like.items():
+        array = arrays[name]
+        if array.dtype != "float32" or tuple(array.shape) != tuple(expected.shape):
+            raise refusal(OTHER_MODEL)
+        value = torch.from_numpy(array.numpy().copy())
+        if not bool(torch.isfinite(value).all()):
+            raise refusal(INVALID_REQUEST)
+        found[name] = value
+    return found
+
+
+def refusal(code: int) -> Refused:
+    """A refusal with its fixed text."""
+    return Refused(code, TEXTS[code])
+
+
+def round_config(request: RoundRequest) -> ConfigRecord:
+    """A request as it travels."""
+    return ConfigRecord({"server-round": request.round, "request": request.model_dump_json()})
+
+
+def read_request(message: Message) -> tuple[RoundRequest, ArrayRecord]:
+    """The request and the arrays of a message.
+
+    Raises
+    ------
+    Refused
+        When anything is missing, unknown or out of range.
+    """
+    try:
+        content = message.content
+        request = RoundRequest.model_validate_json(str(content.config_records[CONFIG]["request"]))
+        return request, content.array_records[ARRAYS]
+    except (KeyError, ValueError, ValidationError) as error:
+        raise refusal(INVALID_REQUEST) from error
+
+
+def release(message: Message, state: Mapping[str, Tensor], weight: int, holder: str, event: str) -> Message:
+    """The reply of a holder: the noised head, its declared weight, its name and the event it charged (JSON)."""
+    content = RecordDict(
+        {
+            ARRAYS: to_arrays(state),
+            METRICS: MetricRecord({WEIGHT: weight}),
+            RELEASE: ConfigRecord({"holder": holder, "event": event}),
+        }
+    )
+    return Message(content, reply_to=message)
+
+
+def refuse(message: Message, refused: Refused, holder: str) -> Message:
+    """The reply of a holder that refuses: code and fixed text only."""
+    return Message(Error(refused.code, json.dumps({"holder": holder, "text": str(refused)})), reply_to=message)
+
+
+def read_refusal(message: Message) -> tuple[str, int, str]:
+    """Holder, code and text of an error reply; the holder is empty when Flower itself made the reply."""
+    try:
+        reason = json.loads(message.error.reason)
+        return str(reason["holder"]), message.error.code, str(reason["text"])
+    except (TypeError, ValueError, KeyError):
+        return "", message.error.code, "no update arrived"
+
+
+def read_release(message: Message) -> tuple[str, str]:
+    """Holder and event (JSON) of a release; empty texts when they are missing."""
+    record = message.content.config_records.get(RELEASE, {})
+    return str(record.get("holder", "")), str(record.get("event", ""))
+
+
+def hello(message: Message, holder: str) -> Message:
+    """The reply to the first query of a run: who is there."""
+    return Message(RecordDict({RELEASE: ConfigRecord({"holder": holder})}), reply_to=message)
+
+
+def payload_bytes(content: RecordDict) -> int:
+    """Bytes of arrays, texts and numbers in a message, without the transport's own framing."""
+    arrays = sum(len(array.data) for record in content.array_records.values() for array in record.values())
+    texts = sum(
+        len(key) + (len(value) if isinstance(value, (str, bytes)) else 8)
+        for record in (*content.config_records.values(), *content.metric_records.values())
+        for key, value in record.items()
+    )
+    return arrays + texts

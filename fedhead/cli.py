@@ -1,0 +1,190 @@
+"""The command `fedhead`. Results go to stdout, progress and errors to stderr; exit status 0, 1 (failed) or 2 (bad input).
+
+Heavy imports happen inside the commands: `fedhead --help` must not import torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from fedhead import __version__
+from fedhead.common.errors import FedheadError, InputError
+
+app = typer.Typer(
+    name="fedhead",
+    help="Fine-tune the head of a pre-trained model across data holders, under differential privacy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+OutOption = Annotated[Path | None, typer.Option("--out", help="Folder of the results. Default: a new one under runs/.")]
+StateOption = Annotated[Path | None, typer.Option("--state", help="Folder that keeps the holders between runs.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def simulate(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe's file, or the name of a built-in one.")] = None,
+    out: OutOption = None,
+    state: StateOption = None,
+    settings: SetOption = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Run from several seeds: mean and deviation.")] = None,
+    engine: Annotated[str, typer.Option(help="Where holders run: inprocess or ray.")] = "inprocess",
+    exact: Annotated[bool, typer.Option("--exact", help="One thread: the same bits from the same seed.")] = False,
+    list_recipes: Annotated[bool, typer.Option("--list", help="List the built-in recipes.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a whole federation on this machine."""
+    from fedhead.common.config import builtin_recipes, find_recipe
+
+    if list_recipes:
+        _list(builtin_recipes(), as_json)
+        return
+    if recipe is None:
+        raise InputError('RECIPE is missing: it must be given. "fedhead simulate --list" names the built-in recipes.')
+    if engine not in ("inprocess", "ray"):
+        raise InputError(f'--engine is "{engine}": it must be inprocess or ray. Leave it out for inprocess.')
+    config = find_recipe(recipe, [*(settings or []), *(["run.exact=true"] if exact else [])])
+    if out is not None and (out / "result.json").exists():
+        raise InputError(f'--out is "{out}": it already holds a run. Choose another folder, or remove that one.')
+
+    from fedhead.simulations import console
+    from fedhead.simulations.simulate import new_folder, simulate, simulate_seeds
+
+    folder = out or new_folder(Path(recipe).stem)
+    engine_name: Any = engine
+    with console.progress_bars() as listener:
+        if seeds is not None:
+            summary = simulate_seeds(
+                config,
+                seeds,
+                folder,
+                name=Path(recipe).stem,
+                state=state,
+                engine=engine_name,
+                progress_listener=listener,
+            )
+        else:
+            result = simulate(
+                config, folder, name=Path(recipe).stem, state=state, engine=engine_name, progress_listener=listener
+            )
+    if seeds is not None:
+        _emit(summary, as_json, lambda: console.show_seeds(summary))
+    else:
+        _emit(result.to_dict(), as_json, lambda: console.show_result(result, folder))
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe's file, or the name of a built-in one.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Most to spend.")] = None,
+    delta: Annotated[float, typer.Option(help="The delta that goes with epsilon.")] = 1e-5,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds.")] = None,
+    local_steps: Annotated[int, typer.Option(min=1, help="Private steps a holder takes in a round.")] = 1,
+    sample_rate: Annotated[float | None, typer.Option(help="Poisson sampling; default: every record.")] = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a run would cost, before anything is spent."""
+    from fedhead.simulations import console, plans
+
+    if recipe is not None:
+        from fedhead.common.config import find_recipe
+
+        found = plans.of_recipe(find_recipe(recipe, settings or []))
+    elif epsilon is None or rounds is None:
+        raise InputError("RECIPE is missing: give one, or both --epsilon and --rounds.")
+    else:
+        found = plans.of_numbers(epsilon, delta, rounds, local_steps, sample_rate)
+    _emit(found, as_json, lambda: console.show_plan(found))
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")], as_json: JsonOption = False) -> None:
+    """Make the HTML page of a run anew."""
+    from fedhead.simulations.report import write_report
+
+    path = write_report(run_dir)
+    _emit({"report": str(path)}, as_json, lambda: typer.echo(str(path)))
+
+
+@app.command()
+def predict(
+    model_dir: Annotated[Path, typer.Argument(help="The folder model/ of a run.")],
+    inputs: Annotated[list[str], typer.Argument(help="A csv, json or parquet file, images, a folder, or - for stdin.")],
+    column: Annotated[str | None, typer.Option(help="Column of the input; default: text.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write here instead of stdout.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Labels and probabilities for new records."""
+    from fedhead.simulations.predict import predict_file
+
+    predict_file(model_dir, inputs, out=out, column=column, as_json=as_json)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _list(recipes: dict[str, Path], as_json: bool) -> None:
+    import tomllib
+
+    rows = {}
+    for name, path in recipes.items():
+        text = path.read_text(encoding="utf-8")
+        first = next((line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("#")), "")
+        rows[name] = {"summary": first, "file": str(path), "backbone": tomllib.loads(text)["model"]["backbone"]}
+    width = max(map(len, rows), default=0)
+    _emit(rows, as_json, lambda: [typer.echo(f"{name:<{width}}  {row['summary']}") for name, row in rows.items()])
+
+
+def _emit(found: Any, as_json: bool, show: Any) -> None:
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        show()
+
+
+def main() -> NoReturn:
+    """Run the command; every error that a user can meet is one line and an exit status, never a traceback."""
+    try:
+        app(standalone_mode=False)
+    except FedheadError as error:
+        _fail(str(error), error.exit_status)
+    except typer.Abort:
+        _fail("stopped.", 130)
+    except KeyboardInterrupt:
+        _fail("stopped.", 130)
+    except BrokenPipeError:
+        # The reader of a pipe went away (`| head`): nothing is wrong here.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)
+        if usage is not None:
+            _fail(f'{usage()} "fedhead --help" shows what can be given.', 2)
+        if os.environ.get("FEDHEAD_DEBUG"):
+            raise
+        _fail(
+            f"something went wrong inside fedhead ({type(error).__name__}). "
+            "Set FEDHEAD_DEBUG=1 for the details, and report it please.",
+            1,
+        )
+    sys.exit(0)
+
+
+def _fail(text: str, status: int) -> NoReturn:
+    for line in text.splitlines():
+        typer.echo(f"fedhead: {line}", err=True)
+    sys.exit(status)

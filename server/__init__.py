@@ -1,0 +1,1 @@
+"""Runs at the coordinator and never sees a record."""

@@ -1,0 +1,274 @@
+"""The coordinator's side of a run, as Flower starts it: recipe in, rounds, results out.
+
+Run config: `recipe` (JSON, a file, or a built-in recipe's name), `out` (folder of the results), `cache` (features).
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
+
+from fedhead import __version__
+from fedhead.common import progress, protocol
+from fedhead.common.config import RunConfig, find_recipe, from_json
+from fedhead.common.errors import RunError
+from fedhead.common.models.backbones import Backbone
+from fedhead.common.models.saved import save_model
+from fedhead.common.models.trainable import Trainable
+from fedhead.common.preparation import Labelled, default_cache, featurize, load_backbone_for, make_trainable, read_split
+from fedhead.common.privacy.accounting import Spent, epsilon
+from fedhead.common.privacy.events import Event
+from fedhead.common.privacy.events import from_json as event_from_json
+from fedhead.common.results import Result
+from fedhead.common.tasks import Task, make_task
+from fedhead.server.cohorts import Cohorts
+from fedhead.server.evaluation import Evaluator
+from fedhead.server.requests import Plan, make_plan
+from fedhead.server.rounds import RoundRecord, Rounds, around
+from fedhead.server.strategies import strategy_class
+
+app = ServerApp()
+
+HELLO_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What the coordinator needs besides the grid; a simulation prepares it, any other process makes it itself.
+
+    Attributes
+    ----------
+    digest : str
+        Of the backbone.
+    declared : (int, str)
+        Divisor of every holder's gradient sum, and where it comes from.
+    """
+
+    config: RunConfig
+    backbone: Backbone
+    task: Task
+    trainable: Trainable
+    test: Labelled
+    declared: tuple[int, str]
+    timing: dict[str, float] = field(default_factory=dict)
+
+
+_DESKS: dict[str, Desk] = {}
+
+
+def offer(key: str, desk: Desk) -> None:
+    """Keep a desk that a simulation prepared; `key` is the recipe as `to_json` writes it."""
+    _DESKS[key] = desk
+
+
+def withdraw(key: str) -> None:
+    """Forget a desk."""
+    _DESKS.pop(key, None)
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run all rounds; leaves `result.json` and `model/` in the folder `out`."""
+    key = str(context.run_config["recipe"])
+    out = Path(str(context.run_config.get("out", "")) or "runs/latest")
+    desk = _DESKS.get(key) or prepare(key, str(context.run_config.get("cache", "")))
+    outcome = Coordinator(desk, grid).run()
+    outcome.result.write(out)
+    save_model(out / "model", desk.trainable, desk.config, desk.backbone, desk.task)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result, and the final head as name -> tensor."""
+
+    result: Result
+    head: dict[str, Tensor]
+
+
+class Coordinator:
+    """One run over a grid."""
+
+    def __init__(self, desk: Desk, grid: Grid) -> None:
+        self.desk, self.grid, self.config = desk, grid, desk.config
+        self.metrics: dict[int, dict[str, float]] = {}
+        self.evaluation_seconds = 0.0
+        self.evaluator = Evaluator(desk.trainable, desk.task, desk.test)
+
+    def run(self) -> Outcome:
+        """All rounds, then the result."""
+        started = time.perf_counter()
+        nodes = self._greet()
+        config = self.config
+        cohorts = Cohorts(sorted(nodes), config.holders.per_round or len(nodes), config.run.seed)
+        plan = make_plan(
+            config,
+            uuid.uuid4().hex,
+            self.desk.backbone.digest,
+            self.desk.declared[0],
+            cohorts.participations(config.training.rounds),
+        )
+        like = {name: value.detach().clone() for name, value in self.desk.trainable.trained().items()}
+        rounds = Rounds(cohorts, nodes, plan.request, like, uniform=config.strategy.weights == "uniform")
+        strategy = around(*strategy_class(config.strategy), rounds)
+        found = strategy.start(
+            grid=self.grid,
+            initial_arrays=protocol.to_arrays(like),
+            num_rounds=config.training.rounds,
+            evaluate_fn=self._evaluate,
+        )
+        head = protocol.from_arrays(found.arrays, like)
+        final = self.evaluator(head)
+        return Outcome(self._result(rounds, plan, final, time.perf_counter() - started), head)
+
+    def _greet(self) -> dict[str, int]:
+        """Ask every node which holder it is: name -> node id."""
+        expected, until = self.config.holders.count, time.monotonic() + HELLO_SECONDS
+        while len(ids := list(self.grid.get_node_ids())) < expected:
+            if time.monotonic() > until:
+                raise RunError(f"{len(ids)} of {expected} holders came within {HELLO_SECONDS:.0f} s. Start the others.")
+            time.sleep(0.2)
+        messages = [Message(RecordDict(), node, MessageType.QUERY) for node in ids]
+        replies = list(self.grid.send_and_receive(messages, timeout=HELLO_SECONDS))
+        nodes = {
+            protocol.read_release(reply)[0]: reply.metadata.src_node_id for reply in replies if not reply.has_error()
+        }
+        if len(nodes) < len(ids):
+            raise RunError(
+                f"{len(nodes)} of {len(ids)} holders answered the first message. Their own logs say what is missing."
+            )
+        return nodes
+
+    def _evaluate(self, number: int, arrays: ArrayRecord) -> MetricRecord | None:
+        rounds = self.config.training.rounds
+        note = ""
+        if number == rounds or number % self.config.run.evaluate_every == 0:
+            started = time.perf_counter()
+            state = protocol.from_arrays(arrays, self.desk.trainable.trained())
+            self.metrics[number] = self.evaluator(state)
+            self.evaluation_seconds += time.perf_counter() - started
+        if self.metrics:
+            name, value = next(iter(self.metrics[max(self.metrics)].items()))
+            note = f"{name} {value:.3f}"
+        progress.advance("rounds", number, rounds, note)
+        return None
+
+    def _result(self, rounds: Rounds, plan: Plan, final: dict[str, float], seconds: float) -> Result:
+        holder_seconds = sum(record.seconds for record in rounds.history)
+        epsilons, privacy = account(rounds.history, self.config)
+        return Result(
+            fedhead=__version__,
+            name="",
+            config=self.config.model_dump(mode="json"),
+            rounds=[
+                {
+                    "round": record.round,
+                    "metrics": self.metrics.get(record.round),
+                    "seconds": record.seconds,
+                    "bytes_up": record.bytes_up,
+                    "bytes_down": record.bytes_down,
+                    "holders": record.holders,
+                    "refused": record.refused,
+                    "epsilon": spent,
+                }
+                for record, spent in zip(rounds.history, epsilons, strict=True)
+            ],
+            final=final,
+            majority=self.evaluator.majority(),
+            baseline=None,
+            privacy=privacy,
+            holders=[],
+            model={
+                "backbone": self.config.model.backbone,
+                "digest": self.desk.backbone.digest,
+                "trained_parameters": sum(value.numel() for value in rounds.like.values()),
+                "task": self.config.task.kind,
+            },
+            declared_records={"value": self.desk.declared[0], "origin": self.desk.declared[1]},
+            timing={
+                **self.desk.timing,
+                "training_seconds": holder_seconds,
+                "server_seconds": seconds - holder_seconds,
+            },
+            notes=[],
+        )
+
+
+def account(history: Sequence[RoundRecord], config: RunConfig) -> tuple[list[float], list[dict[str, Any]]]:
+    """Epsilon over all rounds: every event that a holder released counts, composed over all rounds, never one round's.
+
+    Holders with the same history of events share one computation.
+
+    Returns
+    -------
+    list of float
+        Largest epsilon over the holders after each round.
+    list of dict
+        One entry a holder, as in result.json.
+    """
+    delta = config.privacy.delta
+    histories: list[tuple[Event, ...]] = [()]  # distinct histories; a holder's is known by its index
+    following: dict[tuple[int, str], int] = {}
+    spent: dict[int, Spent] = {}
+    at: dict[str, int] = {}
+    rounds: dict[str, list[int]] = {}
+    path: list[float] = []
+    for record in history:
+        for holder, text in record.events.items():
+            step = (at.get(holder, 0), text)
+            if step not in following:
+                following[step] = len(histories)
+                histories.append((*histories[step[0]], event_from_json(text)))
+            at[holder] = following[step]
+            rounds.setdefault(holder, []).append(record.round)
+        for index in set(at.values()) - spent.keys():
+            spent[index] = epsilon(histories[index], delta)
+        path.append(max((spent[index].epsilon for index in at.values()), default=0.0))
+    entries = [
+        {
+            "holder": holder,
+            "unit": config.privacy.unit,
+            "adjacency": "add or remove one record",
+            "mechanism": config.privacy.mechanism,
+            "accountant": spent[index].accountant,
+            "epsilon": spent[index].epsilon,
+            "delta": delta,
+            "events": [event.to_row(number) for event, number in zip(histories[index], rounds[holder], strict=True)],
+        }
+        for holder, index in sorted(at.items())
+    ]
+    return path, entries
+
+
+def prepare(recipe: str, cache: str) -> Desk:
+    """A desk from the recipe alone."""
+    config = from_json(recipe) if recipe.lstrip().startswith("{") else find_recipe(recipe)
+    split = read_split(config)
+    backbone, seconds = load_backbone_for(config, split.train)
+    task = make_task(config.task)
+    folder = Path(cache) if cache else default_cache()
+    test = featurize(config, backbone, split.test, folder, "test features")
+    declared = declared_records(config, len(split.train))
+    return Desk(
+        config, backbone, task, make_trainable(config, backbone, task), test, declared, {"load_seconds": seconds}
+    )
+
+
+def declared_records(config: RunConfig, simulated: int) -> tuple[int, str]:
+    """The divisor of every holder's gradient sum, and where it comes from.
+
+    In a simulation that doesn't declare one, it is the mean number of records a holder, rounded up to two digits: good
+    for trying things out, and marked in the result, because a deployment must declare a public constant.
+    """
+    if config.data.declared_records is not None:
+        return config.data.declared_records, "recipe"
+    mean = max(1, -(-simulated // config.holders.count))
+    unit = 10 ** max(0, len(str(mean)) - 2)
+    return -(-mean // unit) * unit, "simulated data"

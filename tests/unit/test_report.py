@@ -1,0 +1,339 @@
+"""The report of a run: what it says, that it is safe to open, and that it stays readable."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+
+from fedhead.common.errors import InputError
+from fedhead.common.results import Result
+from fedhead.simulations import plots, show
+from fedhead.simulations.report import render, write_report
+
+XSS = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>$x$"
+
+
+def make_result(
+    holders: int = 5, rounds: int = 60, labels: tuple[str, ...] = ("negative", "positive"), epsilon: float = 3.0
+) -> Result:
+    """A run as fedhead simulate leaves it: figures of the size that real ones have."""
+    rng = np.random.default_rng([holders, rounds, len(labels)])
+    names = [f"holder-{number:03d}" for number in range(holders)]
+    none = math.isinf(epsilon)
+    mechanism = "none" if none else "full-batch"
+    event = {"mechanism": mechanism, "noise_multiplier": None if none else 13.17, "sample_rate": None, "steps": 1}
+    spends = [
+        {
+            "holder": name,
+            "unit": "record",
+            "adjacency": "add or remove one record",
+            "mechanism": mechanism,
+            "accountant": "none" if none else "gdp",
+            "epsilon": epsilon,
+            "delta": 1e-5,
+            "events": [{**event, "clipping_norm": None if none else 1.0, "round": t + 1} for t in range(rounds)],
+        }
+        for name in names
+    ]
+    mixes = rng.dirichlet([0.6] * len(labels), holders)
+    known = []
+    for name, mix in zip(names, mixes, strict=True):
+        counts = rng.multinomial(int(rng.integers(500, 1500)), mix)
+        metrics = {"accuracy": 0.8 + 0.1 * float(rng.uniform(-1, 1)), "loss": 0.45, "auc_roc": 0.88}
+        known.append(
+            {
+                "name": name,
+                "records": int(counts.sum()),
+                "labels": dict(zip(labels, counts.tolist(), strict=True)),
+                "metrics": metrics,
+                "metrics_on": "held-out records",
+            }
+        )
+    rows: list[dict[str, Any]] = []
+    for t in range(1, rounds + 1):
+        accuracy = 0.531 + 0.275 * (1 - math.exp(-t / 9)) + 0.004 * float(rng.normal())
+        seen = t % 5 == 0 or t == rounds
+        rows.append(
+            {
+                "round": t,
+                "metrics": {"accuracy": accuracy, "loss": 0.7 - 0.3 * t / rounds, "auc_roc": 0.88} if seen else None,
+                "seconds": 0.05,
+                "bytes_up": 3300 * holders,
+                "bytes_down": 3500 * holders,
+                "holders": holders,
+                "refused": [],
+                "epsilon": epsilon if none else epsilon * math.sqrt(t / rounds),
+            }
+        )
+    return Result(
+        fedhead="0.1.0",
+        name="quickstart",
+        config={
+            "task": {"kind": "classification", "labels": list(labels)},
+            "model": {"backbone": "transformers:all-MiniLM-L6-v2", "head": {"kind": "linear", "bias": True}},
+            "holders": {"count": holders, "per_round": None, "partition": {"kind": "dirichlet", "alpha": 0.3}},
+            "privacy": {"unit": "record", "mechanism": mechanism, "epsilon": None if none else epsilon, "delta": 1e-5},
+            "training": {"rounds": rounds, "optimizer": {"kind": "sgd", "betas": [0.9, 0.999]}},
+        },
+        rounds=rows,
+        final={"accuracy": 0.8083, "loss": 0.431, "auc_roc": 0.8871},
+        majority={"accuracy": 0.5312, "auc_roc": 0.5},
+        baseline={"accuracy": 0.8142, "loss": 0.421, "auc_roc": 0.8932},
+        privacy=spends,
+        holders=known,
+        model={
+            "backbone": "transformers:all-MiniLM-L6-v2",
+            "digest": "ab12" * 16,
+            "trained_parameters": 770,
+            "task": "classification",
+        },
+        declared_records={"value": 980, "origin": "simulated data"},
+        timing={
+            "load_seconds": 6.3,
+            "features_seconds": 71.2,
+            "training_seconds": 1.9,
+            "server_seconds": 4.1,
+            "total_seconds": 82.4,
+        },
+        notes=["Noise came from the seed, as in every simulation."],
+    )
+
+
+class Page(HTMLParser):
+    """Tags, attributes and visible text of a page; refuses one whose tags don't nest."""
+
+    VOID = frozenset({"meta", "br", "link", "img", "input", "hr"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.said: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.said.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.said).split())
+
+
+def test_headline_figures_stand_beside_what_they_are_compared_with() -> None:
+    text = Page(render(make_result())).text
+    for said in ("80.8%", "81.4%", "53.1%", "0.887", "0.893", "0.500", "ε 3.00", "δ = 1e-5", "1 min 22 s"):
+        assert said in text
+    assert "add or remove one record" in text
+    assert "exact Gaussian differential privacy" in text
+    assert "770 numbers" in text
+    assert "a deployment must declare a public constant" in text
+
+
+def test_a_declared_constant_of_the_recipe_carries_no_warning() -> None:
+    result = replace(make_result(), declared_records={"value": 1000, "origin": "recipe"})
+    text = Page(render(result)).text
+    assert "1,000 , a public constant of the recipe" in text or "1,000, a public constant of the recipe" in text
+    assert "taken from" not in text
+
+
+def test_without_privacy_the_page_says_so_and_shows_no_epsilon_curve() -> None:
+    page = Page(render(make_result(epsilon=math.inf)))
+    assert "were not private" in page.text
+    assert "ε ∞" in page.text
+    assert "neither clipped nor noised" in page.text
+    assert "ε by round" not in page.text
+    assert "notices that a given" not in page.text
+    assert "No data holder spent more than" not in page.text
+
+
+def test_text_of_a_recipe_is_never_markup() -> None:
+    result = replace(make_result(labels=(XSS, "positive")), name=XSS, notes=[XSS])
+    result = replace(
+        result,
+        holders=[{**holder, "name": XSS + str(i)} for i, holder in enumerate(result.holders)],
+        privacy=[{**spend, "holder": XSS + str(i)} for i, spend in enumerate(result.privacy)],
+        model={**result.model, "backbone": XSS},
+        rounds=[{**row, "refused": [{"holder": XSS, "code": 1001, "text": XSS}]} for row in result.rounds],
+    )
+    text = render(result)
+    page = Page(text)
+    assert not {"script", "img", "iframe", "object", "link"} & {tag for tag, _ in page.tags}
+    assert not [key for _, attributes in page.tags for key in attributes if key.startswith("on")]
+    assert text.count("<script") == 0
+    assert "<script>alert(1)</script>" in page.text  # it is there, as text
+
+
+def test_the_page_needs_nothing_from_elsewhere() -> None:
+    page = Page(render(make_result()))
+    for _, attributes in page.tags:
+        for key in ("src", "href"):
+            assert (attributes.get(key) or "#").startswith("#")
+    style = render(make_result())
+    assert "@import" not in style
+    assert not re.search(r"url\((?!#)", style)
+    policy = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
+
+
+def test_pictures_have_words_own_ids_and_the_colours_of_the_page() -> None:
+    text = render(make_result())
+    page = Page(text)
+    pictures = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert len(pictures) == 3
+    assert all(len(attributes["aria-label"] or "") > 40 and attributes["role"] == "img" for attributes in pictures)
+    ids = [attributes["id"] for _, attributes in page.tags if attributes.get("id")]
+    assert len(ids) == len(set(ids))
+    for reference in re.findall(r"url\(#([^)]+)\)", text):
+        assert reference in ids
+    body = text[text.index("<body>") :]
+    assert "#0102" not in body
+    for variable in set(re.findall(r"var\(--([\w-]+)\)", text)):
+        assert text.count(f"--{variable}:") >= 2, f"{variable} needs a light and a dark colour"
+
+
+def test_the_same_result_gives_the_same_bytes_and_leaves_no_setting_behind() -> None:
+    before = dict(matplotlib.rcParams)
+    assert render(make_result()) == render(make_result())
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_a_thousand_holders_stay_readable() -> None:
+    text = render(make_result(holders=1000, rounds=3))
+    page = Page(text)
+    assert "Table of all 1,000 data holders" in page.text
+    assert [a for tag, a in page.tags if tag == "details" and "open" in a] == []
+    assert len([tag for tag, _ in page.tags if tag == "svg"]) == 5
+    assert len(text) < 1_500_000
+
+
+def test_ten_labels_are_shown_as_a_map_and_many_labels_share_a_colour() -> None:
+    page = Page(render(make_result(holders=4, labels=tuple(f"kind {i}" for i in range(12)))))
+    assert "The stronger the colour" in page.text
+    shown = " ".join(a.get("aria-label") or "" for tag, a in page.tags if a.get("class") == "mix")
+    assert "others" in shown
+
+
+def test_a_deployment_shows_what_it_knows_only() -> None:
+    page = Page(render(replace(make_result(), holders=[], baseline=None)))
+    assert "Deployment" in page.text
+    assert "holder-004" in page.text
+    assert "Records, labels and metrics of single holders" not in page.text
+    assert "without privacy" not in page.text
+
+
+def test_other_metrics_single_rounds_and_empty_runs() -> None:
+    result = make_result(rounds=1, holders=1)
+    odd = replace(result, final={"f1": 0.5}, majority={}, baseline=None, holders=[], rounds=[], privacy=[])
+    assert "F1" in Page(render(odd)).text
+    assert "No data holder released anything" in Page(render(odd)).text
+    diverged = replace(result, final={"accuracy": math.nan, "loss": math.inf})
+    assert "not finite" in Page(render(diverged)).text
+    assert "1 round" in Page(render(result)).text
+
+
+def test_different_events_are_told_apart() -> None:
+    result = make_result()
+    first = result.privacy[0]
+    events = [{**event, "mechanism": "poisson", "sample_rate": 0.05} for event in first["events"]]
+    mixed = replace(result, privacy=[{**first, "accountant": "prv", "events": events}, *result.privacy[1:]])
+    text = Page(render(mixed)).text
+    assert "poisson 60 13.17 0.05 1 1" in text
+    assert "full-batch 60 13.17 all records 1 4" in text
+
+
+def test_epsilon_is_rounded_up_and_delta_reads_as_typed() -> None:
+    assert show.show_epsilon(2.991) == "3.00"
+    assert show.show_epsilon(3.0) == "3.00"
+    assert show.show_epsilon(3.0 + 1e-6) == "3.01"
+    assert show.show_epsilon(1.1) == "1.10"
+    assert show.show_epsilon(math.inf) == "∞"
+    assert [show.show_delta(x) for x in (1e-5, 2.5e-6, 0.01)] == ["1e-5", "2.5e-6", "0.01"]
+    assert [show.show_bytes(x) for x in (12, 999, 1000, 123_456_789)] == ["12 B", "999 B", "1.0 kB", "123 MB"]
+    assert [show.show_seconds(x) for x in (0.0123, 5.04, 61.6, 7325)] == ["12 ms", "5.0 s", "1 min 2 s", "2 h 2 min"]
+    assert show.show_seconds(59.97) == "1 min 0 s"
+
+
+def test_what_epsilon_means_is_the_known_bound_on_any_test() -> None:
+    text = Page(render(make_result(epsilon=1.0))).text
+    assert f"at most {(math.e * 0.01 + 1e-5) * 100:.1f} of 100 cases" in text
+    assert "weak promise" not in text
+    assert "weak promise" in Page(render(make_result(epsilon=8.0))).text
+
+
+def test_a_picture_survives_text_that_is_no_formula_and_no_xml() -> None:
+    counts = np.array([[3.0, 1.0], [0.0, 2.0]])
+    svg = plots.label_bars("x", "a & b", ["$\\frac$", "a\x00b<&"], counts, ["a", "b"])
+    assert "$\\frac$" in svg
+    assert "a\ufffdb&lt;&amp;" in svg
+
+
+@pytest.mark.parametrize(
+    ("content", "word"), [(None, "no result.json"), ("{", "JSON"), ("{}", "schema"), ('{"schema": 99}', "99")]
+)
+def test_a_missing_or_broken_result_is_refused_in_one_line(tmp_path: Path, content: str | None, word: str) -> None:
+    if content is not None:
+        (tmp_path / "result.json").write_text(content)
+    with pytest.raises(InputError, match=word) as refused:
+        write_report(tmp_path)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_page_lies_beside_its_result(tmp_path: Path) -> None:
+    make_result().write(tmp_path)
+    path = write_report(tmp_path)
+    assert path == tmp_path / "report.html"
+    assert path.read_text(encoding="utf-8").endswith("</html>")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "result.json"]
+    json.loads((tmp_path / "result.json").read_text())
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to draw the page with")
+@pytest.mark.parametrize("width", [400, 1200])
+def test_a_browser_draws_the_page_without_sideways_scrolling(tmp_path: Path, width: int) -> None:
+    from PIL import Image
+
+    make_result(labels=("a" * 60, "b")).write(tmp_path)
+    page, shot = write_report(tmp_path), tmp_path / "shot.png"
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}", f"--window-size={max(width, 500)},1600",
+        page.as_uri(),
+    ]  # fmt: skip
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+    except (subprocess.SubprocessError, OSError) as error:
+        pytest.skip(f"Chromium does not start here ({type(error).__name__})")
+    drawn = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 50, "the page is blank"
+    edge = drawn[:, -3:]
+    assert np.abs(edge - edge[0, 0]).max() <= 2, "something reaches the right edge"

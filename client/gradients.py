@@ -9,6 +9,7 @@ Each adds to ``p.summed_grad`` of the trained parameters. Shapes: B records, D f
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from typing import Any, Final, Literal, Protocol
@@ -67,6 +68,8 @@ class GradientPath(ABC):
         self.trainable = trainable
         self.task = task
         self.parameters: list[Any] = list(trainable.trained().values())
+        for p in self.parameters:
+            p.summed_grad = None
 
     def begin(self, features: Features, targets: Tensor, clipping_norm: float) -> None:
         """Start a round on a holder's features (N records) and targets (N,)."""
@@ -274,7 +277,10 @@ class _Hooked(GradientPath):
             values, targets = values[keep], targets[keep]
             lengths = None if lengths is None else lengths[keep]
         if len(targets):
-            self._add_finite(values, lengths, targets)
+            with warnings.catch_warnings():
+                # features ask for no gradient, and torch says so for every first layer
+                warnings.filterwarnings("ignore", message="Full backward hook is firing")
+                self._add_finite(values, lengths, targets)
 
     @abstractmethod
     def _add_finite(self, values: Tensor, lengths: Tensor | None, targets: Tensor) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
@@ -135,7 +135,7 @@ def refuse(message: Message, refused: Refused, holder: str) -> Message:
 def read_refusal(message: Message) -> tuple[str, int, str]:
     """Holder, code and text of an error reply; the holder is empty when Flower itself made the reply."""
     try:
-        reason = json.loads(message.error.reason)
+        reason = json.loads(message.error.reason or "")
         return str(reason["holder"]), message.error.code, str(reason["text"])
     except (TypeError, ValueError, KeyError):
         return "", message.error.code, "no update arrived"
@@ -143,7 +143,7 @@ def read_refusal(message: Message) -> tuple[str, int, str]:
 
 def read_release(message: Message) -> tuple[str, str]:
     """Holder and event (JSON) of a release; empty texts when they are missing."""
-    record = message.content.config_records.get(RELEASE, {})
+    record = message.content.config_records.get(RELEASE, ConfigRecord())
     return str(record.get("holder", "")), str(record.get("event", ""))
 
 
@@ -154,10 +154,8 @@ def hello(message: Message, holder: str) -> Message:
 
 def payload_bytes(content: RecordDict) -> int:
     """Bytes of arrays, texts and numbers in a message, without the transport's own framing."""
-    arrays = sum(len(array.data) for record in content.array_records.values() for array in record.values())
-    texts = sum(
-        len(key) + (len(value) if isinstance(value, (str, bytes)) else 8)
-        for record in (*content.config_records.values(), *content.metric_records.values())
-        for key, value in record.items()
-    )
-    return arrays + texts
+    size = sum(len(array.data) for record in content.array_records.values() for array in record.values())
+    for record in (*content.config_records.values(), *content.metric_records.values()):
+        for key, value in cast(Mapping[str, object], record).items():
+            size += len(key) + (len(value) if isinstance(value, str | bytes) else 8)
+    return size

@@ -146,7 +146,8 @@ def _list(recipes: dict[str, Path], as_json: bool) -> None:
         first = next((line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("#")), "")
         rows[name] = {"summary": first, "file": str(path), "backbone": tomllib.loads(text)["model"]["backbone"]}
     width = max(map(len, rows), default=0)
-    _emit(rows, as_json, lambda: [typer.echo(f"{name:<{width}}  {row['summary']}") for name, row in rows.items()])
+    lines = [f"{name:<{width}}  {row['summary']}" for name, row in rows.items()]
+    _emit(rows, as_json, lambda: typer.echo("\n".join(lines)))
 
 
 def _emit(found: Any, as_json: bool, show: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 from fedhead.common.config import RunConfig
 from fedhead.common.errors import InputError
@@ -50,7 +50,7 @@ def of_numbers(target: float, delta: float, rounds: int, local_steps: int, sampl
     ):
         if not good:
             raise InputError(f"{name} is {value}: {rule}. Give another value.")
-    mechanism = "full-batch" if sample_rate is None else "poisson"
+    mechanism: Literal["full-batch", "poisson"] = "full-batch" if sample_rate is None else "poisson"
     noise = noise_multiplier_for(target, delta, mechanism, rounds * local_steps, sample_rate)
     return _table(noise, delta, rounds, local_steps, sample_rate, 1.0)
 

@@ -8,9 +8,9 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from fedhead.common.config.checks import CHECKS, Sections
 from fedhead.common.config.faults import fault, faults_of
@@ -77,7 +77,7 @@ def make_config(raw: Mapping[str, Any], base: Path | None = None) -> RunConfig:
     for name, info in RunConfig.model_fields.items():
         if name not in pruned and info.is_required():
             continue
-        section = _Probe.of(name, pruned)
+        section = _section(name, pruned)
         if section is not None:
             sections[name] = section
     for check in CHECKS:
@@ -108,19 +108,14 @@ def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     return make_config(raw, base=config.base)
 
 
-class _Probe:
-    """Validates one section alone."""
-
-    @staticmethod
-    def of(name: str, raw: Mapping[str, Any]) -> Any:
-        if name not in raw:
-            return RunConfig.model_fields[name].get_default(call_default_factory=True)
-        try:
-            return RunConfig.__pydantic_validator__.validate_assignment(
-                RunConfig.model_construct(), name, raw[name]
-            ).__getattribute__(name)
-        except ValidationError:
-            return None
+def _section(name: str, raw: Mapping[str, Any]) -> Any:
+    """One section validated alone; None when it has faults of its own."""
+    if name not in raw:
+        return RunConfig.model_fields[name].get_default(call_default_factory=True)
+    try:
+        return TypeAdapter(get_type_hints(RunConfig, include_extras=True)[name]).validate_python(raw[name])
+    except ValidationError:
+        return None
 
 
 def _override(raw: dict[str, Any], override: str) -> None:

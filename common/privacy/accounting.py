@@ -174,13 +174,13 @@ def pld_epsilon(rows: Sequence[Row], delta: float, interval: float = PLD_INTERVA
     delta : float, in (0, 1)
     interval : float, > 0
         Spacing of the grid of losses; coarser is faster and never below the true value. Made coarser by itself
-        where losses are so large that the grid would not fit in memory.
+        where losses are so large that the grid would not fit in memory, or the rows so many that it would take long.
     """
     from dp_accounting.pld import privacy_loss_distribution as pld
 
     total = None
     most = gdp_epsilon(_full_batch_mu(rows), delta)
-    interval = max(interval, most * 2e-6)
+    interval = max(interval, most * 1e-5, 1e-3 if len(rows) > 4 else 0.0)
     tail = min(1e-15, delta / 1e3)
     for noise, rate, steps in rows:
         one = pld.from_gaussian_mechanism(noise, value_discretization_interval=interval, sampling_prob=rate)

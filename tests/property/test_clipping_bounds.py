@@ -8,7 +8,6 @@ from torch import nn
 
 from fedhead.client.gradients import ClosedForm, make_path
 from fedhead.common.config.schema import TaskSettings
-from fedhead.common.features import FeatureSet
 from fedhead.common.models.trainable import Trainable
 from fedhead.common.privacy.clipping import clip_factors, finite_records, linear_softmax_clipped_sum
 from fedhead.common.tasks.classification import Classification
@@ -124,7 +123,7 @@ def test_twins_break_the_bound():
 
 
 @given(
-    st.lists(st.one_of(st.floats(0, 3e38, width=32), st.sampled_from([float("nan"), float("inf")])), min_size=1),
+    st.lists(st.one_of(st.floats(0, 2.0**127, width=32), st.sampled_from([float("nan"), float("inf")])), min_size=1),
     st.floats(1e-6, 1e6),
 )
 @settings(derandomize=True)
@@ -181,4 +180,3 @@ def test_ghost_leaves_out_a_record_whose_gradient_alone_is_broken():
     both = clipped_sum(path, bad, torch.tensor([0, 2, 1, 2]), 0.5)
     assert both.isfinite().all()
     assert (both - alone).norm() <= 0.5
-    assert FeatureSet(bad).batch(slice(0, 4))[0].isfinite().all()

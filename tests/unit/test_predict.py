@@ -123,8 +123,12 @@ def write_table(path: Path, columns: dict[str, list[Any]]) -> None:
 
 @pytest.mark.parametrize("suffix", ["csv", "json", "jsonl", "parquet"])
 def test_every_row_of_a_table_gets_its_answer_in_order(
-    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, suffix: str
-) -> None:  # fmt: skip
+    models: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    suffix: str,
+) -> None:
     monkeypatch.setattr(predict, "BLOCK", 7)
     given = [text + "y" for text in texts(20)]
     write_table(tmp_path / f"data.{suffix}", {"id": list(range(20)), "text": given})
@@ -188,7 +192,8 @@ def test_images_of_a_folder_and_a_corrupt_one(
     captured = capsys.readouterr()
     rows = list(csv.reader(io.StringIO(captured.out)))[1:]
     assert [row[:2] for row in rows] == [
-        ["0.png", "low"], ["1.png", LABELS[1]], ["2.png", "low"], ["2b.png", ""], ["3.png", LABELS[1]], ["deep/4.jpg", "low"],
+        ["0.png", "low"], ["1.png", LABELS[1]], ["2.png", "low"], ["2b.png", ""], ["3.png", LABELS[1]],
+        ["deep/4.jpg", "low"],
     ]  # fmt: skip
     assert rows[3][2:] == ["", ""]
     assert captured.err.count("\n") == 1
@@ -251,8 +256,13 @@ def test_a_file_takes_the_answers_whole_or_not_at_all(
     ],
 )
 def test_bad_inputs_are_refused_in_one_line(
-    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, inputs: list[str], word: str
-) -> None:  # fmt: skip
+    models: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    inputs: list[str],
+    word: str,
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "odd.xyz").write_text("x")
     given = [value.replace("FOLDER", str(tmp_path / "empty")) for value in inputs]

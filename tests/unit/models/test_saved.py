@@ -267,8 +267,11 @@ def test_code_that_a_folder_names_is_not_run_unasked(tmp_path: Path, monkeypatch
     for change in (
         {"model": {**card["model"], "backbone": "module:evil_nets:x"}},
         {"model": {**card["model"], "backbone": "torchvision:resnet18", "head": {"kind": "module:evil_nets:x"}}},
-        {"model": {**card["model"], "backbone": "torchvision:resnet18"}, "task": {**card["task"], "kind": "module:evil_nets:x"}},
-    ):  # fmt: skip
+        {
+            "model": {**card["model"], "backbone": "torchvision:resnet18"},
+            "task": {**card["task"], "kind": "module:evil_nets:x"},
+        },
+    ):
         path.write_text(json.dumps({**card, **change}), encoding="utf-8")
         with pytest.raises(ModelError, match="allow_modules"):
             load_model(tmp_path / "model")
@@ -276,8 +279,14 @@ def test_code_that_a_folder_names_is_not_run_unasked(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize(
     ("content", "word"),
-    [(None, "no model.json"), ("{", "can't be read"), ("[]", "schema"), ('{"schema": 9}', "schema"), ('{"schema": 1}', "valid")],
-)  # fmt: skip
+    [
+        (None, "no model.json"),
+        ("{", "can't be read"),
+        ("[]", "schema"),
+        ('{"schema": 9}', "schema"),
+        ('{"schema": 1}', "valid"),
+    ],
+)
 def test_a_missing_or_broken_card_is_refused_in_one_line(tmp_path: Path, content: str | None, word: str) -> None:
     if content is not None:
         (tmp_path / "model.json").write_text(content)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Literal, cast
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
@@ -65,6 +65,13 @@ class RoundRequest(BaseModel):
 def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
     """Tensors by name, in order, as Flower's arrays (float32)."""
     return ArrayRecord(OrderedDict((name, value.detach().to("cpu", torch.float32)) for name, value in state.items()))
+
+
+def as_float32(arrays: ArrayRecord) -> ArrayRecord:
+    """The same arrays in float32; some strategies compute the next head in float64."""
+    if all(array.dtype == "float32" for array in arrays.values()):
+        return arrays
+    return ArrayRecord({name: Array(array.numpy().astype("float32")) for name, array in arrays.items()})
 
 
 def from_arrays(arrays: ArrayRecord, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,10 +10,11 @@ from fedhead.common.config.strategies import FedAvgM
 from fedhead.common.privacy.planning import noise_multiplier_for
 from fedhead.common.protocol import RoundRequest
 
-# Chosen by measurement, see docs/defaults.md: the effective rate (learning rate times clipping norm, over one minus
-# momentum) is SIGNAL over the noise in one coordinate of the averaged gradient, and at most MOST_RATE.
+# Chosen by measurement, see docs/defaults.md. The effective rate, learning rate times clipping norm over 1 - momentum,
+# is SIGNAL over the noise in one coordinate of the averaged gradient; the rate itself is at most MOST_STEP times
+# 1 + momentum, because gradient descent is stable up to a rate that grows so with momentum.
 SIGNAL = 0.25
-MOST_RATE = 100.0
+MOST_STEP = 5.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def learning_rate(config: RunConfig, noise_multiplier: float, declared_records: 
 
     The averaged gradient of a round carries noise of known size in every coordinate, and the default rate is inversely
     proportional to it: more noise, smaller steps. Everything in the formula is public: noise multiplier, clipping
-    norm, number of holders, declared records. Momentum m adds up to 1 / (1 - m) steps, so the rate is scaled back.
+    norm, number of holders, declared records. Momentum m adds up to 1 / (1 - m) steps, so the rate is scaled back, and
+    local steps share the rate of a round.
 
     Returns
     -------
@@ -99,16 +101,17 @@ def learning_rate(config: RunConfig, noise_multiplier: float, declared_records: 
     optimizer, privacy = config.training.optimizer, config.privacy
     if optimizer.learning_rate is not None:
         return optimizer.learning_rate
-    momentum = config.strategy.momentum if isinstance(config.strategy, FedAvgM) else 0.0
+    server = config.strategy.momentum if isinstance(config.strategy, FedAvgM) else 0.0
+    momentum = max(server, getattr(optimizer, "momentum", 0.0))
     steps = config.training.local_steps
-    keep = (1 - momentum) * (1 - getattr(optimizer, "momentum", 0.0)) / steps
+    most = MOST_STEP * (1 + momentum)
     if privacy.mechanism == "none":
-        return MOST_RATE * keep
+        return most / steps
     cohort = config.holders.per_round or config.holders.count
     divisor = declared_records * (privacy.sample_rate or 1.0)
     # Standard deviation in a coordinate of the mean over the cohort's steps of a round, in units of the clipping norm.
     noise = noise_multiplier / (divisor * math.sqrt(cohort * steps))
-    return min(SIGNAL / noise, MOST_RATE) * keep / privacy.clipping_norm
+    return min(SIGNAL / noise * (1 - momentum), most) / (steps * privacy.clipping_norm)
 
 
 def schedule_factor(config: RunConfig, number: int) -> float:

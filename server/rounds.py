@@ -118,10 +118,10 @@ class _InRounds(FedAvg):
         record = self.rounds.history[-1]
         good = self._usable(list(replies), record)
         record.holders = len(good)
-        found = super().aggregate_train(server_round, good) if good else (None, None)
+        arrays, metrics = super().aggregate_train(server_round, good) if good else (None, None)
         record.seconds = time.perf_counter() - self._started
         self._stop_if_alone(record)
-        return found
+        return None if arrays is None else protocol.as_float32(arrays), metrics
 
     def _usable(self, replies: list[Message], record: RoundRecord) -> list[Message]:
         good: list[tuple[str, Message]] = []

@@ -176,14 +176,28 @@ def pld_epsilon(rows: Sequence[Row], delta: float, interval: float = PLD_INTERVA
         Spacing of the grid of losses; coarser is faster and never below the true value. Made coarser by itself
         where losses are so large that the grid would not fit in memory, or the rows so many that it would take long.
     """
+    if not rows:
+        return 0.0
+    found = gdp_epsilon(_full_batch_mu(rows), delta)  # holds whatever the grid; often far too much
+    # at most a million points for one step's losses
+    least = max(max(0.5 / noise / noise + 10 / noise for noise, *_ in rows) * 1e-6, 1e-3 if len(rows) > 4 else 0.0)
+    spacing = max(interval, least, found * 1e-5)
+    while True:
+        found = min(found, _pld(rows, delta, spacing))
+        finer = max(interval, least, found * 1e-5)
+        if not finer < spacing / 2:
+            return found
+        spacing = finer
+
+
+def _pld(rows: Sequence[Row], delta: float, spacing: float) -> float:
     from dp_accounting.pld import privacy_loss_distribution as pld
 
-    total = None
-    most = gdp_epsilon(_full_batch_mu(rows), delta)
-    interval = max(interval, most * 1e-5, 1e-3 if len(rows) > 4 else 0.0)
     tail = min(1e-15, delta / 1e3)
+    total = None
     for noise, rate, steps in rows:
-        one = pld.from_gaussian_mechanism(noise, value_discretization_interval=interval, sampling_prob=rate)
+        one = pld.from_gaussian_mechanism(noise, value_discretization_interval=spacing, sampling_prob=rate)
         composed = one.self_compose(steps, tail_mass_truncation=tail)
         total = composed if total is None else total.compose(composed, tail_mass_truncation=tail)
-    return 0.0 if total is None else min(most, float(total.get_epsilon_for_delta(delta)))
+    assert total is not None
+    return float(total.get_epsilon_for_delta(delta))

@@ -15,6 +15,11 @@ SHRINK: Final = 1 - 2.0**-20
 float32) can't carry a record over it."""
 
 
+LARGEST: Final = 1e18
+"""Feature vectors longer than this count as not finite: float32 has no room for their squares, nor for the inverse of
+their norm times a factor."""
+
+
 def clip_factors(norms: Tensor, clipping_norm: float) -> Tensor:
     """What to scale each record's gradient by, so that its L2 norm is at most the clipping norm.
 
@@ -75,13 +80,13 @@ def feature_reach(x: Tensor, *, bias: bool, normalize: bool) -> tuple[Tensor, Te
     Returns
     -------
     reach : Tensor, shape (B,)
-        L2 norm of what the layer sees, with the constant 1; inf for a record that isn't finite: factor 0.
+        L2 norm of what the layer sees, with the constant 1; inf for one that isn't finite: factor 0.
     scale : Tensor, shape (B,), or None
         What to multiply x by to normalise it; None without `normalize`.
     """
     # double: float32 loses up to 1e-4 of a norm over 25,000 features, and its squares overflow from 1e19
     norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
-    finite = norms.isfinite()
+    finite = norms <= LARGEST  # False for NaN
     scale = norms.clamp(min=1e-12).reciprocal_() if normalize else None
     seen = norms if scale is None else norms * scale
     reach = (seen.square() + 1).sqrt_() if bias else seen

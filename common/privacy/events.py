@@ -14,7 +14,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from dataclasses import fields as fields_of
 from dataclasses import fields as dataclass_fields
 from typing import Any, ClassVar, Final
 

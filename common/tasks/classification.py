@@ -65,12 +65,22 @@ def auc_roc(scores: np.ndarray, targets: np.ndarray) -> float | None:
     -------
     float or None
         None when fewer than two labels occur.
-    """
-    from sklearn.metrics import roc_auc_score
 
-    occurring = [k for k in range(scores.shape[1]) if 0 < (targets == k).sum() < len(targets)]
-    if not occurring:
+    Notes
+    -----
+    The area is the Mann-Whitney statistic: with ranks r (ties share their mean rank), n positives and m negatives, it
+    is (sum of the positives' ranks - n (n + 1) / 2) / (n m). All labels at once, because scikit-learn's function takes
+    20 ms a label and is called for every holder. Reference: Hanley & McNeil (1982), Radiology 143(1).
+    """
+    from scipy.stats import rankdata
+
+    labels = np.arange(scores.shape[1]) if scores.shape[1] > 2 else np.array([1])  # two labels mirror each other
+    positive = targets[:, None] == labels  # (B, K)
+    n = positive.sum(0)
+    m = len(targets) - n
+    occurs = (n > 0) & (m > 0)
+    if not occurs.any():
         return None
-    if scores.shape[1] == 2:
-        occurring = [1]
-    return float(np.mean([roc_auc_score(targets == k, scores[:, k]) for k in occurring]))
+    ranks = rankdata(scores[:, labels[occurs]], axis=0)
+    above = (ranks * positive[:, occurs]).sum(0) - n[occurs] * (n[occurs] + 1) / 2
+    return float((above / (n[occurs] * m[occurs])).mean())

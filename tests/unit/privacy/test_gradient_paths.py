@@ -1,4 +1,4 @@
-"""Closed form, ghost and hooks give the update of Opacus itself; what is wrong is told apart. C is the clipping norm."""
+"""Closed form, ghost and hooks give the update of Opacus itself; what is wrong is told apart."""
 
 import copy
 
@@ -170,7 +170,7 @@ def test_both_norms_of_a_sequence_equal_micro_batches(tokens, width):
         )
         norm = torch.cat([g.flatten() for g in gradients]).norm()
         for total, g in zip(expected, gradients, strict=True):
-            total += g * min(1.0, 0.2 / norm)
+            total.add_(g * min(1.0, 0.2 / norm))
     for p, total in zip(path.parameters, expected, strict=True):
         assert torch.allclose(p.summed_grad, total, atol=1e-6)
 

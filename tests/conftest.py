@@ -1,0 +1,46 @@
+"""What several test files share: a recipe that runs in about a second, and a cache of its own for every session."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedhead.common.config import RunConfig, changed, make_config
+
+
+# One thread: sums in the same order on every machine, and two workers of pytest-xdist don't fight over two cores.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Keep the user's feature cache out of the tests, and the tests out of it."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+TINY = {
+    "task": {"labels": [str(digit) for digit in range(10)]},
+    "model": {"backbone": "module:torch.nn:Identity"},
+    "data": {"source": "sklearn:digits", "declared_records": 300},
+    "holders": {"count": 5},
+    "privacy": {"epsilon": 3.0},
+    "training": {"rounds": 8},
+    "run": {"baseline": False},
+}
+
+
+@pytest.fixture
+def tiny():
+    """A maker of small recipes on real digits: `tiny({"privacy.epsilon": 1.0})`."""
+
+    def make(changes: dict | None = None) -> RunConfig:
+        return changed(make_config(TINY, base=Path.cwd()), changes or {})
+
+    return make

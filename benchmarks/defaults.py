@@ -145,7 +145,7 @@ def settings_at(prepared: Prepared, epsilon: float, point: Point, seed: int) -> 
         "run.evaluate_every": rounds,
     }
     config = changed(prepared.config, changes)
-    plan = requests.make_plan(config, "", "", declared_records(config, len(prepared.train))[0], rounds)
+    plan = requests.make_plan(config, "study", "study", declared_records(config, len(prepared.train))[0], rounds)
     return config, replace(plan, learning_rate=plan.learning_rate * factor)
 
 
@@ -251,8 +251,8 @@ def tables(rows: Iterable[dict[str, Any]]) -> str:
         deviation = statistics.stdev(runs[name, epsilon, DEFAULT]) if len(runs[name, epsilon, DEFAULT]) > 1 else 0.0
         train, _, holders = plain[name]["sizes"]
         lines.append(
-            f"| {name} | {train:,} | {holders} | {epsilon:g} | {here[DEFAULT]:.3f} ± {deviation:.3f} | {here[best]:.3f} "
-            f"| {best[0]:g}, {best[1]}, {best[2]:g} | {100 * (here[best] - here[DEFAULT]):.1f} points "
+            f"| {name} | {train:,} | {holders} | {epsilon:g} | {here[DEFAULT]:.3f} ± {deviation:.3f} "
+            f"| {here[best]:.3f} | {best[0]:g}, {best[1]}, {best[2]:g} | {100 * (here[best] - here[DEFAULT]):.1f} points "
             f"| {plain[name]['accuracy']:.3f} |"
         )
     lines += [

@@ -14,7 +14,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from fedhead.client.gradients import Features, make_path
+from fedhead.client.gradients import Features
+from fedhead.client.paths import make_path
 from fedhead.common.config.schema import Optimizer
 from fedhead.common.errors import InputError
 from fedhead.common.models.trainable import Trainable
@@ -104,7 +105,7 @@ class Trainer:
         Trained in place; load the received parameters into it before a round.
     task : Task
     path : str, optional
-        Gradient path (`fedhead.client.gradients`); default the quickest.
+        Gradient path (`fedhead.client.paths`); default the quickest.
 
     Notes
     -----

@@ -63,15 +63,13 @@ class RoundRequest(BaseModel):
 
 
 def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
-    """Tensors by name, in order, as Flower's arrays (float32)."""
-    return ArrayRecord(OrderedDict((name, value.detach().to("cpu", torch.float32)) for name, value in state.items()))
-
-
-def as_float32(arrays: ArrayRecord) -> ArrayRecord:
-    """The same arrays in float32; some strategies compute the next head in float64."""
-    if all(array.dtype == "float32" for array in arrays.values()):
-        return arrays
-    return ArrayRecord({name: Array(array.numpy().astype("float32")) for name, array in arrays.items()})
+    """Tensors by name, in order, as Flower's arrays (float32): the same bytes as `ArrayRecord(state)`, made quicker."""
+    record = ArrayRecord()
+    for name, value in state.items():
+        values = value.detach().to("cpu", torch.float32).numpy()
+        shape = tuple(values.shape)
+        record[name] = Array("float32", shape, "numpy.ndarray", _npy_header(shape) + values.tobytes())
+    return record
 
 
 def from_arrays(arrays: ArrayRecord, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -86,14 +84,49 @@ def from_arrays(arrays: ArrayRecord, like: Mapping[str, Tensor]) -> dict[str, Te
         raise refusal(OTHER_MODEL)
     found: dict[str, Tensor] = {}
     for name, expected in like.items():
-        array = arrays[name]
-        if array.dtype != "float32" or tuple(array.shape) != tuple(expected.shape):
+        array, shape = arrays[name], tuple(expected.shape)
+        if array.dtype != "float32" or tuple(array.shape) != shape:
             raise refusal(OTHER_MODEL)
-        value = torch.from_numpy(array.numpy().copy())
-        if not bool(torch.isfinite(value).all()):
+        values = _read_npy(array.data, shape)
+        if not np.isfinite(values).all():
             raise refusal(INVALID_REQUEST)
-        found[name] = value
+        found[name] = torch.from_numpy(values)
     return found
+
+
+@lru_cache(maxsize=64)
+def _npy_header(shape: tuple[int, ...]) -> bytes:
+    """What `numpy.save` writes before float32 values of a shape."""
+    stream = io.BytesIO()
+    layout = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, layout)
+    return stream.getvalue()
+
+
+def _read_npy(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    """A copy of the float32 values in `data`, which `numpy.save` wrote; allocates nothing that `data` doesn't hold.
+
+    `numpy.load` would do, at ten times the price, because it evaluates the header, and with an allocation of whatever
+    size the header claims.
+
+    Raises
+    ------
+    Refused
+        Anything else is in it.
+    """
+    start, order = len(_npy_header(shape)), "C"
+    try:
+        if not data.startswith(_npy_header(shape)):
+            stream = io.BytesIO(data)
+            version = np.lib.format.read_magic(stream)
+            claimed, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+            if version != (1, 0) or claimed != shape or dtype != np.dtype("<f4"):
+                raise refusal(INVALID_REQUEST)
+            start, order = stream.tell(), "F" if fortran else "C"
+        values = np.frombuffer(data, dtype="<f4", offset=start).reshape(shape, order=cast(Literal["C", "F"], order))
+    except (ValueError, SyntaxError) as error:
+        raise refusal(INVALID_REQUEST) from error
+    return values.copy()
 
 
 def refusal(code: int) -> Refused:
@@ -115,11 +148,23 @@ def read_request(message: Message) -> tuple[RoundRequest, ArrayRecord]:
         When anything is missing, unknown or out of range.
     """
     try:
-        content = message.content
-        request = RoundRequest.model_validate_json(str(content.config_records[CONFIG]["request"]))
-        return request, content.array_records[ARRAYS]
+        return _parse(str(_record(message, CONFIG, ConfigRecord)["request"])), _record(message, ARRAYS, ArrayRecord)
     except (KeyError, ValueError, ValidationError) as error:
         raise refusal(INVALID_REQUEST) from error
+
+
+@lru_cache(maxsize=2)
+def _parse(text: str) -> RoundRequest:
+    """A request, which never changes; kept, because one process may serve all holders of a round."""
+    return RoundRequest.model_validate_json(text)
+
+
+def _record(message: Message, name: str, kind: type[Record]) -> Record:
+    """A record of a message, of the kind that it must be; a KeyError where it isn't there."""
+    found = message.content[name]
+    if not isinstance(found, kind):
+        raise KeyError(name)
+    return found
 
 
 def release(message: Message, state: Mapping[str, Tensor], weight: int, holder: str, event: str) -> Message:

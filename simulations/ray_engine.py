@@ -7,6 +7,7 @@ the module-level ones; only the run config is put in here, because `run_simulati
 from __future__ import annotations
 
 import contextvars
+import copy
 import importlib.util
 import warnings
 from collections.abc import Callable, Mapping
@@ -29,8 +30,8 @@ class ConfiguredClient:
         """Handle a message as `fedhead.client.app.app` does."""
         from fedhead.client.app import app
 
-        context.run_config.update(self.run_config)
-        return app(message, context)
+        # Flower refuses a context whose run config was changed: the app gets a context of its own, with the same state.
+        return app(message, _with(context, self.run_config))
 
 
 class ConfiguredServer:
@@ -42,8 +43,13 @@ class ConfiguredServer:
 
     def __call__(self, grid: Grid, context: Context) -> None:
         """Run as `fedhead.server.app.app` does."""
-        context.run_config.update(self.run_config)
-        self.context.run(self.app, grid, context)
+        self.context.run(self.app, grid, _with(context, self.run_config))
+
+
+def _with(context: Context, run_config: Mapping[str, Any]) -> Context:
+    own = copy.copy(context)
+    own.run_config = {**context.run_config, **run_config}
+    return own
 
 
 def run_on_ray(server: ServerApp, holders: int, run_config: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ import torch
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGradientClipping
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 from fedhead.common.config.schema import SGD, AdamW, Optimizer
 from fedhead.common.privacy.noise import Noise
@@ -30,6 +31,10 @@ def make_optimizer(settings: Optimizer, parameters: Iterable[nn.Parameter]) -> t
         )
     kind = torch.optim.AdamW if isinstance(settings, AdamW) else torch.optim.Adam
     return kind(parameters, lr=0.0, betas=settings.betas, eps=settings.epsilon, weight_decay=settings.weight_decay)
+
+
+def _is_sgd(optimizer: torch.optim.Optimizer) -> bool:
+    return type(optimizer) is torch.optim.SGD and len(optimizer.param_groups) == 1
 
 
 class PrivateOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]  # Opacus has no types
@@ -56,21 +61,30 @@ class PrivateOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]  
             optimizer, noise_multiplier=0.0, max_grad_norm=0.0, expected_batch_size=1, loss_reduction="mean"
         )
         self._pull: tuple[float, Sequence[Tensor]] | None = None
-        group = optimizer.param_groups[0]
-        self._plain = type(optimizer) is torch.optim.SGD and not group["momentum"] and not group["weight_decay"]
+        self._momentum: list[Tensor | None] | None = [None] * len(self._params) if _is_sgd(optimizer) else None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Release the sum with noise and apply it."""
         assert closure is None, "a closure would read the records a second time"
         self.pre_step()
-        if not self._plain:
+        if self._momentum is None:
             self.original_optimizer.step()
             return
-        # plain gradient descent, the default: torch's step is this line and twice its time in profiling hooks
-        rate = self.original_optimizer.param_groups[0]["lr"]
-        for p in self._params:
-            p.add_(p.grad, alpha=-rate)
+        # torch's own function behind SGD.step, without the profiling around it: a fifteenth of a private step
+        group = self.original_optimizer.param_groups[0]
+        sgd(
+            self._params,
+            [p.grad for p in self._params],
+            self._momentum,
+            foreach=False,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
 
     def begin(
         self,
@@ -98,6 +112,8 @@ class PrivateOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]  
         self.expected_batch_size = divisor
         self._pull = (proximal_mu, [p.detach().clone() for p in self._params]) if proximal_mu else None
         begin_round(self.original_optimizer, learning_rate)
+        if self._momentum is not None:
+            self._momentum = [None] * len(self._params)
         self.zero_grad()
 
     @property

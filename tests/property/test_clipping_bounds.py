@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedhead.client.gradients import ClosedForm, make_path
+from fedhead.client.gradients import ClosedForm
+from fedhead.client.paths import make_path
 from fedhead.common.config.schema import TaskSettings
 from fedhead.common.models.trainable import Trainable
 from fedhead.common.privacy.clipping import LARGEST, clip_factors, finite_records, linear_softmax_clipped_sum

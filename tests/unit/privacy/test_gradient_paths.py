@@ -9,7 +9,9 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.nn import functional as F
 
-from fedhead.client.gradients import ClosedForm, Ghost, linear_norms, make_path
+from fedhead.client.gradients import ClosedForm
+from fedhead.client.hooked import Ghost, linear_norms
+from fedhead.client.paths import make_path
 from fedhead.client.training import StepPlan, Trainer
 from fedhead.common.config.schema import SGD, Adam, AdamW, TaskSettings
 from fedhead.common.errors import FedheadError, InputError

@@ -1,0 +1,110 @@
+"""The folder of a run: claimed before anything is read, and left as it was when the run is refused or stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from fedhead.common.errors import InputError
+from fedhead.common.results import FILE
+from fedhead.simulations.logs import FILE as LOG
+
+SEEDS = "seeds.json"
+
+
+def check_out(out: Path) -> None:
+    """Refuse a folder of results that can't be used.
+
+    Raises
+    ------
+    InputError
+        When it holds a run already, is a file, or lies where nothing can be written.
+    """
+    if (out / FILE).exists() or (out / SEEDS).exists():
+        raise InputError(f'--out is "{out}": it already holds a run. Choose another folder, or remove that one.')
+    if out.exists() and not out.is_dir():
+        raise InputError(f'--out is "{out}": it must be a folder. Choose another name.')
+    nearest = next((path for path in (out, *out.absolute().parents) if path.exists()), Path("/"))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f'--out is "{out}": it can\'t be written. Choose a folder of your own.')
+
+
+@contextmanager
+def claimed(out: Path | None, name: str) -> Iterator[Path]:
+    """The folder of a run, for this run alone: `out`, or a new `runs/NAME-DATE-TIME`.
+
+    When the block fails, what it left in the folder is removed again, and the folder too if it was not there before.
+    The holders' log stays when the run itself failed, because it says why; a refusal (InputError) leaves nothing.
+
+    Raises
+    ------
+    InputError
+        When `out` can't be used, or another run is writing there.
+    """
+    if out is not None:
+        check_out(out)
+    made: list[Path] = []
+    try:
+        folder = _new(name, made) if out is None else _given(out, made)
+    except OSError as error:
+        raise InputError(
+            f'--out is "{out or "runs"}": it can\'t be made ({error.strerror}). Choose another folder.'
+        ) from error
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f'--out is "{folder}": another run is writing there. Choose another folder.') from error
+        if out is not None:
+            check_out(out)  # another run may have ended there in between
+        before = {path.name for path in folder.iterdir()}
+        try:
+            yield folder
+        except BaseException as error:
+            keep_log = not isinstance(error, InputError | KeyboardInterrupt)
+            _undo(folder, before | ({LOG} if keep_log else set()), made)
+            raise
+    finally:
+        os.close(handle)
+
+
+def _given(out: Path, made: list[Path]) -> Path:
+    for path in (*reversed(out.parents), out):
+        if not path.exists():
+            path.mkdir(exist_ok=True)
+            made.append(path)
+    return out
+
+
+def _new(name: str, made: list[Path]) -> Path:
+    runs = _given(Path("runs"), made)
+    stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in range(1, 10_000):
+        path = runs / (stem if number == 1 else f"{stem}-{number}")
+        with contextlib.suppress(FileExistsError):  # two runs may start in the same second
+            path.mkdir()
+            made.append(path)
+            return path
+    raise InputError('--out is "runs": it has no free name left. Choose a folder.')
+
+
+def _undo(folder: Path, keep: set[str], made: list[Path]) -> None:
+    """Remove what a run left behind; never what was there before it."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if path.name in keep:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+    for path in reversed(made):
+        with contextlib.suppress(OSError):  # one that holds something stays
+            path.rmdir()

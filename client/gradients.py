@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from typing import Any, Final, Protocol
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +71,12 @@ class GradientPath(ABC):
         """How many of `chunk` records fit in memory; depends on shapes only, never on the data."""
         return chunk
 
-    def add_rows(self, index: Index) -> None:
-        """Add the records at `index` of the round's features."""
+    def read(self, samples: Sequence[Tensor]) -> Sequence[Any]:
+        """What `add_rows` takes for each of several samples (int64), where reading them together is quicker."""
+        return samples
+
+    def add_rows(self, index: Any) -> None:
+        """Add the records at `index` of the round's features: int64, a slice, or what `read` gave."""
         first = self.parameters[0]
         values, lengths = self.features.batch(index)
         if lengths is not None:
@@ -95,6 +100,15 @@ class GradientPath(ABC):
                 "or average over what belongs to a record, and nothing else."
             )
         return losses
+
+
+class Rows(NamedTuple):
+    """B records for the closed form: features (B, D), targets (B,), and what `feature_reach` says of them."""
+
+    x: Tensor
+    y: Tensor
+    reach: Tensor
+    scale: Tensor | None
 
 
 class ClosedForm(GradientPath):
@@ -143,15 +157,27 @@ class ClosedForm(GradientPath):
         return reach, scale, broken if bool(broken.any()) else None
 
     @torch.no_grad()
-    def add_rows(self, index: Index) -> None:
+    def read(self, samples: Sequence[Tensor]) -> Sequence[Rows]:
+        """The records of several samples, gathered and normalised in one go: a quarter of a small step's time."""
+        sizes = [len(sample) for sample in samples]
+        rows = self._rows(torch.cat(list(samples)))
+        x = rows.x if rows.scale is None else rows.x.mul_(rows.scale[:, None])
+        parts = zip(*(torch.split(values, sizes) for values in (x, rows.y, rows.reach)), strict=True)
+        return [Rows(*part, None) for part in parts]
+
+    @torch.no_grad()
+    def add_rows(self, index: Index | Rows) -> None:
         """Add the records at `index`, with the norms known from before."""
+        self._add(*(index if isinstance(index, Rows) else self._rows(index)))
+
+    def _rows(self, index: Index) -> Rows:
         weight = self.head.weight
         x, _ = self.features.batch(index)
         x = x.to(weight.device, weight.dtype)
         if self._broken is not None:
             x = x.masked_fill(_take(self._broken, index)[:, None], 0.0)
         scale = None if self._scale is None else _take(self._scale, index)
-        self._add(x, _take(self.targets, index).to(weight.device), _take(self._reach, index), scale)
+        return Rows(x, _take(self.targets, index).to(weight.device), _take(self._reach, index), scale)
 
     @torch.no_grad()
     def add(self, values: Tensor, lengths: Tensor | None, targets: Tensor) -> None:

@@ -6,10 +6,11 @@ steps are declared, and no loss, norm or count is returned.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Final
+from itertools import repeat
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -175,22 +176,40 @@ class Trainer:
         path.begin(features, targets, plan.clipping_norm)
         try:
             chunk = path.records_at_once(plan.chunk)
-            for step in range(plan.local_steps):
+            if plan.mechanism == "poisson":
+                steps: Iterable[Sequence[Any]] = self._sampled(records, plan, streams, chunk)
+            else:
+                everything = [slice(start, min(start + chunk, records)) for start in range(0, records, chunk)]
+                steps = repeat(everything, plan.local_steps)
+            for step, pieces in enumerate(steps):
                 with self._dropout(streams, step) if self._draws else nullcontext():
-                    if plan.mechanism == "poisson":
-                        assert plan.sample_rate is not None  # held by plan.event()
-                        sample = poisson_sample(records, plan.sample_rate, streams.generator(step, "sampling"))
-                        for start in range(0, len(sample), chunk):
-                            path.add_rows(sample[start : start + chunk])
-                    else:
-                        for start in range(0, records, chunk):
-                            path.add_rows(slice(start, min(start + chunk, records)))
+                    for rows in pieces:
+                        path.add_rows(rows)
                 optimizer.noise = streams.noise(step)
                 optimizer.step()
                 optimizer.zero_grad()
         finally:
             path.end()
             optimizer.zero_grad()
+
+    def _sampled(self, records: int, plan: StepPlan, streams: Streams, chunk: int) -> Iterator[Sequence[Any]]:
+        """Each step's Poisson sample, in pieces; steps that fit in a chunk together are read together."""
+        assert plan.sample_rate is not None  # held by plan.event()
+        waiting: list[Tensor] = []
+        for step in range(plan.local_steps):
+            sample = poisson_sample(records, plan.sample_rate, streams.generator(step, "sampling"))
+            if waiting and sum(map(len, waiting)) + len(sample) > chunk:
+                yield from self._read(waiting, chunk)
+                waiting = []
+            waiting.append(sample)
+        yield from self._read(waiting, chunk)
+
+    def _read(self, samples: list[Tensor], chunk: int) -> Iterator[Sequence[Any]]:
+        if len(samples) == 1 and len(samples[0]) > chunk:
+            yield torch.split(samples[0], chunk)
+            return
+        for sample, rows in zip(samples, self.path.read(samples), strict=True):
+            yield [rows] if len(sample) else ()
 
     def _plain(self, features: Features, targets: Tensor, plan: StepPlan, streams: Streams) -> None:
         """Steps without privacy: the plain gradient of the summed loss over the same divisor."""

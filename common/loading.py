@@ -27,7 +27,7 @@ def load_reference(reference: str, setting: str) -> Any:
         When the module can't be imported or has no such name.
     """
     parts = reference.split(":")
-    if len(parts) != 3 or parts[0] != "module":
+    if len(parts) != 3 or parts[0] != "module" or not all(parts) or parts[1].startswith("."):
         raise ConfigError(
             [f'{setting} is "{reference}": it must have the form "module:package.module:name". Give all three parts.']
         )
@@ -36,6 +36,13 @@ def load_reference(reference: str, setting: str) -> Any:
     except ImportError as error:
         raise ConfigError(
             [f'{setting} is "{reference}": the module can\'t be imported ({error}). Install it, or set PYTHONPATH.']
+        ) from error
+    except (Exception, SystemExit) as error:  # whatever a module does when it is imported
+        raise ConfigError(
+            [
+                f'{setting} is "{reference}": the module raised {type(error).__name__} when it was imported. '
+                "Correct it; FEDHEAD_DEBUG=1 shows the details."
+            ]
         ) from error
     if not hasattr(module, parts[2]):
         raise ConfigError([f'{setting} is "{reference}": {parts[1]} has no "{parts[2]}". Check the name\'s spelling.'])

@@ -22,7 +22,7 @@ from fedhead.common.config.faults import fault
 from fedhead.common.data.partition import partition
 from fedhead.common.data.records import Records, check_classes, split_records
 from fedhead.common.data.sources import load_records
-from fedhead.common.errors import ConfigError
+from fedhead.common.errors import ConfigError, DataError
 from fedhead.common.features import FeatureSet, extract
 from fedhead.common.models.backbones import Backbone, load_backbone
 from fedhead.common.models.heads import make_head
@@ -95,6 +95,11 @@ def read_split(config: RunConfig) -> Split:
         parts = partition(records, config.holders, config.run.seed)
         return Split(records, test, parts, [])
     train_rows, test_rows = split_records(records, data.test.fraction)
+    if len(test_rows) == 0:
+        raise DataError(
+            f"data.test.fraction is {data.test.fraction}: none of the {len(records)} records is held out by it. Give a "
+            "larger share, more distinct records, or test records of their own in data.test.source."
+        )
     train, test = records.select(train_rows), records.select(test_rows)
     check_classes(train, config.task.labels)
     # The training records alone are partitioned, so that every holder has some; the held-out ones follow the label

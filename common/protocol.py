@@ -7,11 +7,13 @@ count, no exception text.
 
 from __future__ import annotations
 
+import io
 import json
-from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Literal, cast
+from functools import lru_cache
+from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,8 +22,11 @@ from torch import Tensor
 from fedhead.common.config.schema import Optimizer
 from fedhead.common.errors import Refused
 
+Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
+
 ARRAYS, CONFIG, METRICS, RELEASE = "arrays", "config", "metrics", "release"
 WEIGHT = "num-examples"
+_NPY = "numpy.ndarray"  # Flower's name for the bytes that `numpy.save` writes
 
 # Fixed codes and texts of a refusal: all that the server learns about its reason.
 INVALID_REQUEST = 1001
@@ -68,8 +73,15 @@ def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
     for name, value in state.items():
         values = value.detach().to("cpu", torch.float32).numpy()
         shape = tuple(values.shape)
-        record[name] = Array("float32", shape, "numpy.ndarray", _npy_header(shape) + values.tobytes())
+        record[name] = Array("float32", shape, _NPY, _npy_header(shape) + values.tobytes())
     return record
+
+
+def as_float32(arrays: ArrayRecord) -> ArrayRecord:
+    """The same arrays in float32; some strategies compute the next head in float64."""
+    if all(array.dtype == "float32" for array in arrays.values()):
+        return arrays
+    return ArrayRecord({name: Array(array.numpy().astype("float32")) for name, array in arrays.items()})
 
 
 def from_arrays(arrays: ArrayRecord, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -85,7 +97,7 @@ def from_arrays(arrays: ArrayRecord, like: Mapping[str, Tensor]) -> dict[str, Te
     found: dict[str, Tensor] = {}
     for name, expected in like.items():
         array, shape = arrays[name], tuple(expected.shape)
-        if array.dtype != "float32" or tuple(array.shape) != shape:
+        if (array.dtype, array.stype, tuple(array.shape)) != ("float32", _NPY, shape):
             raise refusal(OTHER_MODEL)
         values = _read_npy(array.data, shape)
         if not np.isfinite(values).all():
@@ -114,7 +126,7 @@ def _read_npy(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
     Refused
         Anything else is in it.
     """
-    start, order = len(_npy_header(shape)), "C"
+    start, fortran = len(_npy_header(shape)), False
     try:
         if not data.startswith(_npy_header(shape)):
             stream = io.BytesIO(data)
@@ -122,8 +134,8 @@ def _read_npy(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
             claimed, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
             if version != (1, 0) or claimed != shape or dtype != np.dtype("<f4"):
                 raise refusal(INVALID_REQUEST)
-            start, order = stream.tell(), "F" if fortran else "C"
-        values = np.frombuffer(data, dtype="<f4", offset=start).reshape(shape, order=cast(Literal["C", "F"], order))
+            start = stream.tell()
+        values = np.frombuffer(data, dtype="<f4", offset=start).reshape(shape, order="F" if fortran else "C")
     except (ValueError, SyntaxError) as error:
         raise refusal(INVALID_REQUEST) from error
     return values.copy()
@@ -195,8 +207,37 @@ def read_refusal(message: Message) -> tuple[str, int, str]:
 
 def read_release(message: Message) -> tuple[str, str]:
     """Holder and event (JSON) of a release; empty texts when they are missing."""
-    record = message.content.config_records.get(RELEASE, ConfigRecord())
+    try:
+        record = _record(message, RELEASE, ConfigRecord)
+    except KeyError:
+        return "", ""
     return str(record.get("holder", "")), str(record.get("event", ""))
+
+
+def read_update(message: Message, like: Mapping[str, Tensor]) -> int | float:
+    """The weight that a release asks for, when it can be aggregated with others.
+
+    Raises
+    ------
+    Refused
+        Something is missing or too much, or the arrays are not those that are expected; see `from_arrays`.
+    """
+    try:
+        if set(message.content) != {ARRAYS, METRICS, RELEASE}:
+            raise refusal(INVALID_REQUEST)
+        from_arrays(_record(message, ARRAYS, ArrayRecord), like)
+        metrics = _record(message, METRICS, MetricRecord)
+        (weight,) = metrics.values()
+        if WEIGHT not in metrics or isinstance(weight, list):
+            raise refusal(INVALID_REQUEST)
+        return weight
+    except (KeyError, ValueError) as error:
+        raise refusal(INVALID_REQUEST) from error
+
+
+def set_weight(message: Message, weight: int) -> None:
+    """Give a release another weight than it asks for."""
+    message.content[METRICS] = MetricRecord({WEIGHT: weight})
 
 
 def hello(message: Message, holder: str) -> Message:
@@ -206,8 +247,11 @@ def hello(message: Message, holder: str) -> Message:
 
 def payload_bytes(content: RecordDict) -> int:
     """Bytes of arrays, texts and numbers in a message, without the transport's own framing."""
-    size = sum(len(array.data) for record in content.array_records.values() for array in record.values())
-    for record in (*content.config_records.values(), *content.metric_records.values()):
-        for key, value in cast(Mapping[str, object], record).items():
+    size = 0
+    for record in content.values():
+        if isinstance(record, ArrayRecord):
+            size += sum(len(array.data) for array in record.values())
+            continue
+        for key, value in record.items():
             size += len(key) + (len(value) if isinstance(value, str | bytes) else 8)
     return size

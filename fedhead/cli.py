@@ -5,9 +5,11 @@ Heavy imports happen inside the commands: `fedhead --help` must not import torch
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -53,20 +55,22 @@ def simulate(
     if engine not in ("inprocess", "ray"):
         raise InputError(f'--engine is "{engine}": it must be inprocess or ray. Leave it out for inprocess.')
     config = find_recipe(recipe, [*(settings or []), *(["run.exact=true"] if exact else [])])
-    if out is not None and (out / "result.json").exists():
-        raise InputError(f'--out is "{out}": it already holds a run. Choose another folder, or remove that one.')
+    if out is not None:
+        from fedhead.simulations.folders import check_out
+
+        check_out(out)  # before the slow imports; claimed again by the run
 
     from fedhead.simulations import console
-    from fedhead.simulations.simulate import new_folder, simulate, simulate_seeds
+    from fedhead.simulations.simulate import simulate, simulate_seeds
 
-    folder = out or new_folder(Path(recipe).stem)
     engine_name: Any = engine
-    with console.progress_bars() as listener:
+    # What a module of the user's own prints goes to stderr: stdout is for the result alone.
+    with contextlib.redirect_stdout(sys.stderr), console.progress_bars() as listener:
         if seeds is not None:
             summary = simulate_seeds(
                 config,
                 seeds,
-                folder,
+                out,
                 name=Path(recipe).stem,
                 state=state,
                 engine=engine_name,
@@ -74,12 +78,12 @@ def simulate(
             )
         else:
             result = simulate(
-                config, folder, name=Path(recipe).stem, state=state, engine=engine_name, progress_listener=listener
+                config, out, name=Path(recipe).stem, state=state, engine=engine_name, progress_listener=listener
             )
     if seeds is not None:
         _emit(summary, as_json, lambda: console.show_seeds(summary))
     else:
-        _emit(result.to_dict(), as_json, lambda: console.show_result(result, folder))
+        _emit(result.to_dict(), as_json, lambda: console.show_result(result, result.folder or Path()))
 
 
 @app.command()
@@ -159,9 +163,16 @@ def _emit(found: Any, as_json: bool, show: Any) -> None:
 
 def main() -> NoReturn:
     """Run the command; every error that a user can meet is one line and an exit status, never a traceback."""
+    debug = bool(os.environ.get("FEDHEAD_DEBUG"))
+    if not debug:
+        # Of the libraries underneath: they speak to programmers, and may quote a record.
+        warnings.simplefilter("ignore")
     try:
         app(standalone_mode=False)
+        sys.stdout.flush()  # here, where a closed pipe is still caught
     except FedheadError as error:
+        if debug:
+            raise
         _fail(str(error), error.exit_status)
     except typer.Abort:
         _fail("stopped.", 130)
@@ -175,8 +186,11 @@ def main() -> NoReturn:
         usage = getattr(error, "format_message", None)
         if usage is not None:
             _fail(f'{usage()} "fedhead --help" shows what can be given.', 2)
-        if os.environ.get("FEDHEAD_DEBUG"):
+        if debug:
             raise
+        if isinstance(error, OSError) and error.strerror:
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{error.strerror}. Check the file, its permissions and the space left.", 1)
         _fail(
             f"something went wrong inside fedhead ({type(error).__name__}). "
             "Set FEDHEAD_DEBUG=1 for the details, and report it please.",

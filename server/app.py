@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from flwr.app import ArrayRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -24,15 +22,13 @@ from fedhead.common.models.backbones import Backbone
 from fedhead.common.models.saved import save_model
 from fedhead.common.models.trainable import Trainable
 from fedhead.common.preparation import Labelled, default_cache, featurize, load_backbone_for, make_trainable, read_split
-from fedhead.common.privacy.accounting import Spent, epsilon
-from fedhead.common.privacy.events import Event
-from fedhead.common.privacy.events import from_json as event_from_json
 from fedhead.common.results import Result
 from fedhead.common.tasks import Task, make_task
 from fedhead.server.cohorts import Cohorts
 from fedhead.server.evaluation import Evaluator
 from fedhead.server.requests import Plan, make_plan
-from fedhead.server.rounds import RoundRecord, Rounds, around
+from fedhead.server.rounds import Rounds, around
+from fedhead.server.spending import account
 from fedhead.server.strategies import strategy_class
 
 app = ServerApp()
@@ -154,7 +150,7 @@ class Coordinator:
             state = protocol.from_arrays(arrays, self.desk.trainable.trained())
             self.metrics[number] = self.evaluator(state)
             self.evaluation_seconds += time.perf_counter() - started
-        if self.metrics:
+        if self.metrics and self.metrics[max(self.metrics)]:
             name, value = next(iter(self.metrics[max(self.metrics)].items()))
             note = f"{name} {value:.3f}"
         progress.advance("rounds", number, rounds, note)
@@ -162,7 +158,7 @@ class Coordinator:
 
     def _result(self, rounds: Rounds, plan: Plan, final: dict[str, float], seconds: float) -> Result:
         holder_seconds = sum(record.seconds for record in rounds.history)
-        epsilons, privacy = account(rounds.history, self.config)
+        epsilons, privacy = account(rounds.history, self.config, set(self.metrics))
         return Result(
             fedhead=__version__,
             name="",
@@ -199,52 +195,6 @@ class Coordinator:
             },
             notes=[],
         )
-
-
-def account(history: Sequence[RoundRecord], config: RunConfig) -> tuple[list[float], list[dict[str, Any]]]:
-    """Epsilon over all rounds: every event that a holder released counts, composed over all rounds, never one round's.
-
-    Holders with the same history of events share one computation.
-
-    Returns
-    -------
-    list of float
-        Largest epsilon over the holders after each round.
-    list of dict
-        One entry a holder, as in result.json.
-    """
-    delta = config.privacy.delta
-    histories: list[tuple[Event, ...]] = [()]  # distinct histories; a holder's is known by its index
-    following: dict[tuple[int, str], int] = {}
-    spent: dict[int, Spent] = {}
-    at: dict[str, int] = {}
-    rounds: dict[str, list[int]] = {}
-    path: list[float] = []
-    for record in history:
-        for holder, text in record.events.items():
-            step = (at.get(holder, 0), text)
-            if step not in following:
-                following[step] = len(histories)
-                histories.append((*histories[step[0]], event_from_json(text)))
-            at[holder] = following[step]
-            rounds.setdefault(holder, []).append(record.round)
-        for index in set(at.values()) - spent.keys():
-            spent[index] = epsilon(histories[index], delta)
-        path.append(max((spent[index].epsilon for index in at.values()), default=0.0))
-    entries = [
-        {
-            "holder": holder,
-            "unit": config.privacy.unit,
-            "adjacency": "add or remove one record",
-            "mechanism": config.privacy.mechanism,
-            "accountant": spent[index].accountant,
-            "epsilon": spent[index].epsilon,
-            "delta": delta,
-            "events": [event.to_row(number) for event, number in zip(histories[index], rounds[holder], strict=True)],
-        }
-        for holder, index in sorted(at.items())
-    ]
-    return path, entries
 
 
 def prepare(recipe: str, cache: str) -> Desk:

@@ -125,31 +125,27 @@ class _InRounds(FedAvg):
 
     def _usable(self, replies: list[Message], record: RoundRecord) -> list[Message]:
         good: list[tuple[str, Message]] = []
+        names = {node: name for name, node in self.rounds.nodes.items()}
+        wanted = 1 if self.rounds.uniform else self.rounds.request(record.round).declared_records
         for reply in replies:
+            name = names.get(reply.metadata.src_node_id, str(reply.metadata.src_node_id))
             if reply.has_error():
                 holder, code, text = protocol.read_refusal(reply)
-                name = holder if holder in self.rounds.nodes else self._name_of(reply)
+                name = holder if holder in self.rounds.nodes else name
                 record.refused.append({"holder": name, "code": code, "text": text})
                 continue
             record.bytes_up += protocol.payload_bytes(reply.content)
-            name = self._name_of(reply)
             try:
-                protocol.from_arrays(reply.content.array_records[protocol.ARRAYS], self.rounds.like)
-                weight = reply.content.metric_records[protocol.METRICS][protocol.WEIGHT]
-            except (Refused, KeyError):
+                weight = protocol.read_update(reply, self.rounds.like)
+            except Refused:
                 record.refused.append({"holder": name, "code": 0, "text": "the update can't be used"})
                 continue
             # A release that arrived was spent, whatever becomes of it, so its event counts from here on.
             record.events[name] = protocol.read_release(reply)[1]
-            expected = self.rounds.request(record.round).declared_records
-            if self.rounds.uniform or weight != expected:
-                reply.content.metric_records[protocol.METRICS][protocol.WEIGHT] = 1 if self.rounds.uniform else expected
+            if weight != wanted:
+                protocol.set_weight(reply, wanted)
             good.append((name, reply))
         return [reply for _, reply in sorted(good, key=lambda pair: pair[0])]
-
-    def _name_of(self, reply: Message) -> str:
-        node = reply.metadata.src_node_id
-        return next((name for name, known in self.rounds.nodes.items() if known == node), str(node))
 
     def _stop_if_alone(self, record: RoundRecord) -> None:
         if record.holders:

@@ -82,10 +82,10 @@ class InProcessGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
     def _deliver(self, message: Message) -> Message:
-        # A strategy puts one RecordDict into all messages; a real node would get its own copy. The values are never
-        # changed in place, so new dictionaries are enough.
+        # A strategy puts one RecordDict into all messages; a real node would get its own copy. The values of a record
+        # are never changed in place, so new dictionaries are enough.
         own = copy.copy(message)
-        own.__dict__["_content"] = RecordDict({key: copy.copy(record) for key, record in message.content.items()})
+        own.content = RecordDict({name: record.copy() for name, record in message.content.items()})
         try:
             return self.client(own, self.contexts[message.metadata.dst_node_id])
         except Exception:  # as a node: the text of an exception may hold private data and stays here

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,11 +29,16 @@ from fedhead.common.preparation import (
     make_trainable,
     read_split,
 )
-from fedhead.common.results import Result
+from fedhead.common.errors import DataError, InputError
+from fedhead.common.results import Result, write_aside
 from fedhead.common.tasks import make_task
 from fedhead.server import app as server_app
 from fedhead.server.evaluation import load_state, outputs_of
 from fedhead.simulations.engine import run_in_process
+from fedhead.simulations.faults import plainly
+from fedhead.simulations.folders import SEEDS, claimed
+from fedhead.simulations.logs import FILE as HOLDERS_LOG
+from fedhead.simulations.logs import holders_log
 
 Engine = Literal["inprocess", "ray"]
 
@@ -91,8 +95,14 @@ def simulate(
     """
     config = recipe if isinstance(recipe, RunConfig) else find_recipe(recipe)
     name = name or ("run" if isinstance(recipe, RunConfig) else Path(str(recipe)).stem)
-    folder = Path(out) if out is not None else new_folder(name)
-    with progress.listening(progress_listener), threads(config.run.exact), quiet():
+    with (
+        claimed(None if out is None else Path(out), name) as folder,
+        holders_log(folder) as log,
+        progress.listening(progress_listener),
+        threads(config.run.exact),
+        quiet(),
+        plainly(config, log),
+    ):
         prepared = prepare(config, cache_folder(state))
         return run(prepared, folder, name, engine, cache_folder(state))
 
@@ -116,25 +126,38 @@ def simulate_seeds(
     """
     config = recipe if isinstance(recipe, RunConfig) else find_recipe(recipe)
     name = name or ("run" if isinstance(recipe, RunConfig) else Path(str(recipe)).stem)
-    folder = Path(out) if out is not None else new_folder(name)
+    if seeds < 1:
+        raise InputError(f"seeds is {seeds}: it must be at least 1. Give a positive whole number such as 5.")
     results = []
-    with progress.listening(progress_listener), threads(config.run.exact), quiet():
+    with (
+        claimed(None if out is None else Path(out), name) as folder,
+        holders_log(folder) as log,
+        progress.listening(progress_listener),
+        threads(config.run.exact),
+        quiet(),
+        plainly(config, log),
+    ):
         for seed in range(config.run.seed, config.run.seed + seeds):
             one = changed(config, {"run.seed": seed})
             prepared = prepare(one, cache_folder(state))
             results.append(run(prepared, folder / f"seed-{seed}", name, engine, cache_folder(state)))
+        summary = _over_seeds(results)
+        write_aside(folder / SEEDS, (json.dumps(summary, indent=1) + "\n").encode())
+    return {**summary, "folder": str(folder)}
+
+
+def _over_seeds(results: list[Result]) -> dict[str, Any]:
     metrics = {
         key: {
             "mean": float(np.mean(values)),
-            "deviation": float(np.std(values, ddof=1)) if seeds > 1 else 0.0,
+            "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
             "values": values,
         }
         for key in results[0].final
+        if all(key in result.final for result in results)  # a metric may be left out, such as AUC-ROC of one label
         for values in [[result.final[key] for result in results]]
     }
-    summary = {"seeds": [result.config["run"]["seed"] for result in results], "metrics": metrics}
-    (folder / "seeds.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    return {**summary, "folder": str(folder)}
+    return {"seeds": [result.config["run"]["seed"] for result in results], "metrics": metrics}
 
 
 def prepare(config: RunConfig, cache: Path | None) -> Prepared:
@@ -144,9 +167,25 @@ def prepare(config: RunConfig, cache: Path | None) -> Prepared:
     backbone, load_seconds = load_backbone_for(config, split.train)
     train = featurize(config, backbone, split.train, cache, "training features")
     test = featurize(config, backbone, split.test, cache, "test features")
+    check_usable(train, "training", config)
+    check_usable(test, "test", config)
     features_seconds = time.perf_counter() - started - load_seconds
     timing = {"load_seconds": load_seconds, "features_seconds": features_seconds}
     return Prepared(config, split, backbone, train, test, timing)
+
+
+def check_usable(records: Labelled, which: str, config: RunConfig) -> None:
+    """Refuse records of which none has finite features: nothing could be learned from them, or said about the head.
+
+    Raises
+    ------
+    DataError
+    """
+    if not bool(records.features.finite().any()):
+        raise DataError(
+            f'model.backbone is "{config.model.backbone}": none of the {len(records)} {which} records has finite '
+            "features. Check the records for missing values, and the backbone's weights."
+        )
 
 
 def run(prepared: Prepared, folder: Path, name: str, engine: Engine, cache: Path | None) -> Result:
@@ -261,22 +300,15 @@ def notes_of(prepared: Prepared, result: Result) -> list[str]:
     corrupt = int((~prepared.train.features.finite()).sum())
     if corrupt:
         notes.append(f"{corrupt} training records could not be read or gave no finite features; they count as zero.")
+    missing = sum(len(row["refused"]) for row in result.rounds)
+    if missing:
+        notes.append(f"{missing} updates are missing: a holder failed in that round, see {HOLDERS_LOG} in the folder.")
     return notes
 
 
 def cache_folder(state: str | Path | None) -> Path:
     """Where features are kept: in the state folder, or in the user's cache folder."""
     return Path(state) / "features" if state is not None else default_cache()
-
-
-def new_folder(name: str) -> Path:
-    """A folder of a new run: `runs/NAME-DATE-TIME`, with a number behind when that is taken."""
-    stem = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    folder, number = stem, 1
-    while folder.exists():
-        number += 1
-        folder = stem.with_name(f"{stem.name}-{number}")
-    return folder
 
 
 @contextmanager

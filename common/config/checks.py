@@ -106,9 +106,15 @@ def _test(s: Sections) -> Iterator[str]:
     for role in s.data.columns:
         if role not in ("text", "image", "vector", "label"):
             yield fault(
-                setting_name(("data", "columns", role), {}), s.data.columns[role], "a role must be one of text, image, vector, label",
-                "Further columns need no role.",
+                setting_name(("data", "columns", role), {}), s.data.columns[role],
+                "a role must be one of text, image, vector, label", "Further columns need no role.",
             )  # fmt: skip
+    label = s.data.columns.get("label", "label")
+    for role in ("text", "image", "vector"):
+        if s.data.columns.get(role) == label:
+            yield fault(
+                f"data.columns.{role}", label, "it must be another column than the label's", "Name the input's column."
+            )
     if len({"text", "image", "vector"} & set(s.data.columns)) > 1:
         yield fault(
             "data.columns", s.data.columns, "a record must have one input: text, image or vector", "Keep one of them."
@@ -143,8 +149,8 @@ def _holders(s: Sections) -> Iterator[str]:
     cohort = h.per_round or h.count
     if isinstance(s.strategy, Krum) and cohort < s.strategy.malicious + 3:
         yield fault(
-            "strategy.malicious", s.strategy.malicious, f"krum needs at least malicious + 3 holders a round, here {cohort}",
-            "Lower it, or ask more holders.",
+            "strategy.malicious", s.strategy.malicious,
+            f"krum needs at least malicious + 3 holders a round, here {cohort}", "Lower it, or ask more holders.",
         )  # fmt: skip
     if isinstance(s.strategy, FedTrimmedAvg) and int(s.strategy.beta * cohort) * 2 >= cohort:
         yield fault(

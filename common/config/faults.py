@@ -57,24 +57,31 @@ def show(value: Any) -> str:
 
 
 def setting_name(location: Sequence[str | int], raw: Any) -> str:
-    """The setting as typed, `privacy.epsilon` or `task.labels[2]`; the tags that pydantic puts in for unions are left out."""
-    name, here = "", raw
-    for part in location:
+    """The setting as typed, `privacy.epsilon` or `task.labels[2]`, without the tags that pydantic puts in for unions."""
+    name, here, tagged = "", raw, False
+    for index, part in enumerate(location):
         if isinstance(part, int):
             name += f"[{part}]"
             here = here[part] if isinstance(here, list) and part < len(here) else None
             continue
-        if isinstance(here, dict) and part not in here and part == _tag(here):
+        # `sizes` may be a tag and a setting of one table: the tag comes first, once.
+        again = isinstance(here, dict) and part in here and part not in location[index + 1 :]
+        if isinstance(here, dict) and not again and not tagged and part in _tags(here):
+            tagged = True
             continue
+        tagged = False
         shown = part if re.fullmatch(r"[\w-]+", part) else json.dumps(part)  # as TOML wants it typed
         name += f".{shown}" if name else shown
         here = here.get(part) if isinstance(here, dict) else None
     return name
 
 
-def _tag(table: Mapping[str, Any]) -> str | None:
+def _tags(table: Mapping[str, Any]) -> tuple[str, ...]:
+    """What pydantic may call the kind of a table; one that doesn't say has the default kind of its place."""
     kind = table.get("kind")
-    return "module" if isinstance(kind, str) and kind.startswith("module:") else kind
+    if kind is None:
+        return ("linear", "iid", "sgd", "fedavgm")
+    return ("module",) if isinstance(kind, str) and kind.startswith("module:") else (str(kind),)
 
 
 def fault(setting: str, value: Any, rule: str, remedy: str) -> str:

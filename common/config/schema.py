@@ -1,7 +1,7 @@
 """The recipe of a run: one table a section, every setting with its rule, its meaning and what to do when it is wrong.
 
 Each setting's ``description`` becomes its row in docs/recipes.md. Rules that span several settings are in checks.py.
-Settings that change the privacy guarantee stand in ``[privacy]`` and in ``data.declared_records``; no other setting does.
+Settings that change the privacy guarantee stand in ``[privacy]`` and in ``data.declared_records``, and nowhere else.
 """
 
 from __future__ import annotations
@@ -9,22 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag
+from pydantic import Field, PrivateAttr, Tag
 
 from fedhead.common.config.strategies import FedAvgM, Strategy
+from fedhead.common.config.tables import Table, by_kind
 
 MODULE = r"^module:[\w.]+:\w+$"  # a task, head, backbone or partitioner of the user's own: module:package.module:name
-
-
-class Table(BaseModel):
-    """A table of the recipe: unknown keys are faults, values are never coerced across types, and it can't change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-def _kind(value: Any) -> str | None:
-    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return "module" if isinstance(kind, str) and kind.startswith("module:") else kind
 
 
 class TaskSettings(Table):
@@ -63,7 +53,7 @@ class ModuleHead(Table):
 
 Head = Annotated[
     Annotated[LinearHead, Tag("linear")] | Annotated[MLPHead, Tag("mlp")] | Annotated[ModuleHead, Tag("module")],
-    Discriminator(_kind),
+    by_kind("linear"),
 ]
 
 
@@ -192,7 +182,7 @@ Partition = Annotated[
     | Annotated[ColumnPartition, Tag("by-column")]
     | Annotated[SizePartition, Tag("sizes")]
     | Annotated[ModulePartition, Tag("module")],
-    Discriminator(_kind),
+    by_kind("iid"),
 ]
 
 
@@ -221,12 +211,12 @@ class PrivacySettings(Table):
     )
     epsilon: float | None = Field(None, gt=0, description="Most that the whole run may spend at each holder.")
     noise_multiplier: float | None = Field(
-        None, gt=0, description="Noise standard deviation over clipping norm, instead of `epsilon`."
+        None, ge=1e-6, le=1e6, description="Noise standard deviation over clipping norm, instead of `epsilon`."
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="The delta that goes with epsilon.")
-    sample_rate: float | None = Field(None, gt=0, lt=1, description="Probability of each record in a step (poisson).")
+    sample_rate: float | None = Field(None, ge=1e-6, lt=1, description="Probability of each record in a step (poisson).")
     clipping_norm: float = Field(
-        0.3, gt=0, description="Most that one record can move the gradient sum (L2 norm over all trained parameters)."
+        0.3, ge=1e-6, le=1e6, description="Most that one record can move the gradient sum (L2 norm over all trained parameters)."
     )
 
 
@@ -235,7 +225,7 @@ class SGD(Table):
 
     kind: Literal["sgd"] = Field("sgd", description="Gradient descent.")
     learning_rate: float | None = Field(
-        None, gt=0, description="Default: from the noise and the clipping norm, see docs/defaults.md."
+        None, gt=0, le=1e9, description="Default: from the noise and the clipping norm, see docs/defaults.md."
     )
     momentum: float = Field(0.0, ge=0, lt=1, description="Within a round; across rounds it lives at the server.")
     weight_decay: float = Field(0.0, ge=0, description="Pull to zero, added after clipping and noise.")
@@ -245,7 +235,7 @@ class Adam(Table):
     """Adam; its state starts anew in every round."""
 
     kind: Literal["adam"] = Field(description="Adam.")
-    learning_rate: float = Field(0.01, gt=0, description="Step size.")
+    learning_rate: float = Field(0.01, gt=0, le=1e9, description="Step size.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), description="Decay of the two moment estimates.", strict=False
     )
@@ -260,7 +250,7 @@ class AdamW(Adam):
 
 
 Optimizer = Annotated[
-    Annotated[SGD, Tag("sgd")] | Annotated[Adam, Tag("adam")] | Annotated[AdamW, Tag("adamw")], Discriminator(_kind)
+    Annotated[SGD, Tag("sgd")] | Annotated[Adam, Tag("adam")] | Annotated[AdamW, Tag("adamw")], by_kind("sgd")
 ]
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, Tag
+
+from fedhead.common.config.tables import Table, by_kind
 
 
-class _Base(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
+class _Base(Table):
     weights: Literal["declared", "uniform"] = Field(
         "declared", description="Weight of a holder's update: its declared record count, or the same for all."
     )
@@ -87,6 +87,14 @@ class Krum(_Base):
 
 
 Strategy = Annotated[
-    FedAvg | FedAvgM | FedAdagrad | FedAdam | FedYogi | FedProx | FedMedian | FedTrimmedAvg | Krum,
-    Field(discriminator="kind"),
+    Annotated[FedAvg, Tag("fedavg")]
+    | Annotated[FedAvgM, Tag("fedavgm")]
+    | Annotated[FedAdagrad, Tag("fedadagrad")]
+    | Annotated[FedAdam, Tag("fedadam")]
+    | Annotated[FedYogi, Tag("fedyogi")]
+    | Annotated[FedProx, Tag("fedprox")]
+    | Annotated[FedMedian, Tag("median")]
+    | Annotated[FedTrimmedAvg, Tag("trimmed-mean")]
+    | Annotated[Krum, Tag("krum")],
+    by_kind("fedavgm"),
 ]

@@ -11,6 +11,7 @@ import contextlib
 import csv
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from pandas.errors import ParserWarning
 
 from fedhead.common.data.loaded import LazyColumns, Loaded, Request
 from fedhead.common.data.paths import resolve_path
@@ -34,11 +36,21 @@ def load_csv(request: Request) -> Loaded:
             header = next(rows, [])
             if next(rows, None) is None:
                 raise DataError(f"{request.shown}: it holds no record. Add records below the header.")
+        if len(set(header)) < len(header) or not all(name.strip() for name in header):
+            raise DataError(f"{request.shown}: every column must have a name of its own. Correct the first line.")
         features = Features({name: Value("string") for name in header})
-        # A row with more fields than the header must be a fault; pandas would else shift it and name rows by it.
-        return Dataset.from_csv(
-            str(path), features=features, cache_dir=cache, keep_default_na=False, index_col=False, on_bad_lines="error"
-        )
+        # A row with more fields than the header must be a fault; pandas would else shift it and name rows by it, or
+        # cut it off with a warning.
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ParserWarning)
+            return Dataset.from_csv(
+                str(path),
+                features=features,
+                cache_dir=cache,
+                keep_default_na=False,
+                index_col=False,
+                on_bad_lines="error",
+            )
 
     return _loaded(_read(request, read), path.parent)
 

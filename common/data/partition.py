@@ -7,6 +7,7 @@ here and a row in `PARTITIONERS`.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import warnings
 from collections.abc import Callable, Mapping
@@ -193,8 +194,17 @@ def partition(records: Records, settings: HolderSettings, seed: int) -> list[np.
 def _module(records: Records, chosen: ModulePartition, holders: int, seed: int) -> list[np.ndarray]:
     """Parts from a partitioner of the user's own, checked: one a holder, disjoint, within the records."""
     spread = load_reference(chosen.kind, "holders.partition.kind")
-    parts = [np.asarray(part) for part in spread(records.labels.copy(), holders, seed, **chosen.options)]
     shown = f'holders.partition.kind is "{chosen.kind}"'
+    try:
+        inspect.signature(spread).bind(records.labels, holders, seed, **chosen.options)
+    except (TypeError, ValueError):
+        raise DataError(
+            f"{shown}: it must take (labels, holders, seed) and holders.partition.options. Change its arguments."
+        ) from None
+    given = spread(records.labels.copy(), holders, seed, **chosen.options)
+    if not isinstance(given, list | tuple):
+        raise DataError(f"{shown}: it must return a list, not {type(given).__name__}. Return one index array a holder.")
+    parts = [np.asarray(part) for part in given]
     if len(parts) != holders:
         raise DataError(f"{shown}: it gave {len(parts)} parts for {holders} holders. Return one index array a holder.")
     if any(part.ndim != 1 or (part.size and part.dtype.kind not in "iu") for part in parts):

@@ -104,7 +104,8 @@ def create_array(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     if size == 0:  # an empty file can't be mapped
         return np.zeros(shape, dtype)
     with path.open("r+b") as file:
-        file.truncate(size)
+        # Reserved, not only sized: on a full disk, writing to a mapped hole would kill the process.
+        os.posix_fallocate(file.fileno(), 0, size)
     return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
 
 

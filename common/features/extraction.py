@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedhead.common.config.schema import FeatureSettings
 from fedhead.common.data.records import Records
-from fedhead.common.errors import DataError
+from fedhead.common.errors import DataError, ModelError
 from fedhead.common.features.cache import (
     OFFSETS,
     VALUES,
@@ -114,18 +114,27 @@ def extract(
     key = cache_key(backbone, records, settings)
     found = open_entry(cache, key)
     if found is None:
-        with locked(cache, key):
-            found = open_entry(cache, key)  # another process may have been at it
-            if found is None:
-                with written_aside(cache, key) as part, tempfile.TemporaryFile(dir=part) as spool:
-                    allocate = partial(_in_file, part)
-                    arrays = _compute(backbone, records, settings, progress, allocate=allocate, spool=spool)
-                    write_manifest(part, key, arrays)
-                found = open_entry(cache, key)
+        try:
+            with locked(cache, key):
+                found = open_entry(cache, key)  # another process may have been at it
+                if found is None:
+                    with written_aside(cache, key) as part, tempfile.TemporaryFile(dir=part) as spool:
+                        allocate = partial(_in_file, part)
+                        arrays = _compute(backbone, records, settings, progress, allocate=allocate, spool=spool)
+                        write_manifest(part, key, arrays)
+                    found = open_entry(cache, key)
+        except OSError as error:
+            raise DataError(
+                f"the feature cache in {cache} can't be written ({error.strerror or type(error).__name__}). Free some "
+                "space or correct its permissions, or choose another folder with --state or XDG_CACHE_HOME."
+            ) from error
     elif progress is not None:
         progress(len(records), len(records))
     if found is None:
-        raise OSError(f"the feature cache in {cache} can't be read back after writing")
+        raise DataError(
+            f"the feature cache in {cache} can't be read back after writing. Check that disk, or choose another folder "
+            "with --state or XDG_CACHE_HOME."
+        )
     return found
 
 
@@ -160,7 +169,7 @@ def _compute(
     for positions, lost, batch in _batches(backbone, records, settings.batch_size):
         failed += lost.tolist()
         if batch is not None:
-            found, real = _forward(backbone, batch, settings.cache)
+            found, real = _forward(backbone, batch, settings.cache, len(positions))
             if real is None:
                 if values is None:
                     values = allocate(VALUES, settings.cache, (total, *found.shape[1:]))
@@ -208,12 +217,17 @@ def _in_order(
     return {VALUES: values, OFFSETS: offsets}
 
 
-def _forward(backbone: Backbone, batch: dict[str, Tensor], dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
+def _forward(backbone: Backbone, batch: dict[str, Tensor], dtype: str, asked: int) -> tuple[np.ndarray, np.ndarray | None]:
     with torch.inference_mode():
         values, lengths = backbone.forward(batch)
         if dtype == "float16":
             # A finite feature must stay finite: the record would else lose all weight in training.
             values = torch.where(values.isfinite(), values.clamp(-HALF_LIMIT, HALF_LIMIT), torch.nan)
+        if len(values) != asked:
+            raise ModelError(
+                f'model.backbone is "{backbone.name}": it gave {len(values)} feature vectors for {asked} records. It must '
+                "give one a record, in their order."
+            )
         array: np.ndarray = values.to("cpu", getattr(torch, dtype)).numpy()
         return array, None if lengths is None else lengths.to("cpu", torch.int64).numpy()
 

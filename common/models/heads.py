@@ -98,6 +98,12 @@ def make_head(settings: Head, features: int, outputs: int) -> nn.Module:
         raise ModelError(
             f"{shown}: it must return a torch.nn.Module, not {type(head).__name__}. Change what it returns."
         )
+    if not any(parameter.requires_grad for parameter in head.parameters()):
+        raise ModelError(f"{shown}: it has nothing to train. Give it parameters that require gradients.")
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in head.modules()):
+        raise ModelError(
+            f"{shown}: it has a BatchNorm, which mixes records, so no record's gradient is its own. Use LayerNorm."
+        )
     mode = head.training
     head.eval()
     try:

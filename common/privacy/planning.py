@@ -9,6 +9,8 @@ from fedhead.common.errors import InputError
 from fedhead.common.privacy.accounting import EPSILON_ERROR, epsilon_of_rows, pld_epsilon
 from fedhead.common.privacy.gaussian import check_delta, gdp_epsilon, mu_for
 
+LEAST_NOISE: Final = 0.2  # less is never planned for sampled steps: there the accountants' grids outgrow any machine
+POISSON_EPSILON: Final = (0.01, 100.0)  # between the accountant's own error and the reach of its grids
 TOLERANCE: Final = 1e-3  # the plan's epsilon lies within this share below the target
 
 
@@ -24,7 +26,7 @@ def noise_multiplier_for(
     Parameters
     ----------
     epsilon : float, > 0
-        Most that the whole plan may cost.
+        Most that the whole plan may cost; from 0.01 to 100 for "poisson".
     delta : float, in (0, 1)
     mechanism : "full-batch" or "poisson"
     steps : int, >= 1
@@ -45,7 +47,7 @@ def noise_multiplier_for(
     Notes
     -----
     Guarantee: `fedhead.common.privacy.accounting.epsilon` of the plan is at most epsilon, and at least
-    epsilon (1 - 1e-3). Full batch: sqrt(steps) / mu. Poisson: root finding on the logarithm of the noise with a quick
+    epsilon (1 - 1e-3), save where `LEAST_NOISE` costs less already. Full batch: sqrt(steps) / mu. Poisson: root finding on the logarithm of the noise with a quick
     upper bound, then a correction with the accountant that reports.
     """
     check_delta(delta)
@@ -57,6 +59,12 @@ def noise_multiplier_for(
         return _full_batch(epsilon, delta, steps)
     if sample_rate is None or not 0 < sample_rate < 1:
         raise InputError(f"sample_rate is {sample_rate!r}: poisson needs a probability in (0, 1]. Set it.")
+    least, most = POISSON_EPSILON
+    if not least <= epsilon <= most:
+        raise InputError(
+            f"epsilon is {epsilon!r}: for sampled steps it must lie between {least:g} and {most:g}, where the accountant "
+            "can certify it. Give another epsilon, or use full-batch steps."
+        )
     return _poisson(epsilon, delta, steps, sample_rate)
 
 
@@ -78,7 +86,7 @@ def _poisson(epsilon: float, delta: float, steps: int, rate: float) -> float:
     for _ in range(12):
         noise = _quick(aim, delta, steps, rate, high)
         found = cost(noise)
-        if epsilon * (1 - TOLERANCE) <= found <= epsilon:
+        if epsilon * (1 - TOLERANCE) <= found <= epsilon or (noise == LEAST_NOISE and found <= epsilon):
             return noise
         # the quick bound and the accountant differ by nearly the same amount at nearly the same noise
         aim += epsilon * (1 - TOLERANCE / 2) - found
@@ -105,6 +113,10 @@ def _quick(epsilon: float, delta: float, steps: int, rate: float, high: float) -
     left = right
     for _ in range(60):
         left -= 1
+        if left < math.log(LEAST_NOISE):  # so few steps or records that hardly any noise is needed
+            if gap(math.log(LEAST_NOISE)) <= 0:
+                return LEAST_NOISE
+            left = math.log(LEAST_NOISE)
         f_left = gap(left)
         if f_left > 0:
             break

@@ -7,6 +7,7 @@ a row in `TASKS`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from fedhead.common.config.schema import TaskSettings
+from fedhead.common.errors import ConfigError
 from fedhead.common.loading import load_reference
 
 
@@ -64,6 +66,20 @@ TASKS: Mapping[str, TaskKind] = {
 def make_task(settings: TaskSettings) -> Task:
     """The task of a recipe; `module:package.module:name` is called with the task's settings."""
     if settings.kind.startswith("module:"):
-        task: Task = load_reference(settings.kind, "task.kind")(settings)
+        factory = load_reference(settings.kind, "task.kind")
+        try:
+            inspect.signature(factory).bind(settings)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                [f'task.kind is "{settings.kind}": it must take one argument, the settings. Change its arguments.']
+            ) from None
+        task: Task = factory(settings)
+        shown = f'task.kind is "{settings.kind}"'
+        needed = [name for name in vars(Task) if not name.startswith("_")]
+        missing = [name for name in needed if not hasattr(task, name)]
+        if missing:
+            raise ConfigError([f"{shown}: it has no {', '.join(missing)}. A task must have {', '.join(needed)}."])
+        if not isinstance(task.outputs, int) or task.outputs < 1:
+            raise ConfigError([f"{shown}: its outputs must be a whole number of at least 1. Change the property."])
         return task
     return TASKS[settings.kind].load()(settings)

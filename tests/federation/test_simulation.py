@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedhead.common.config.reference import tables_of
 from fedhead.common.config.strategies import Strategy
 from fedhead.common.privacy.accounting import epsilon
 from fedhead.common.privacy.events import GaussianEvent, PoissonEvent
@@ -117,10 +119,7 @@ def test_cohorts_pay_for_the_rounds_they_took_part_in(tiny, tmp_path):
 
 
 def kinds() -> list[str]:
-    from typing import get_args
-
-    (union, _) = get_args(Strategy)
-    return sorted(get_args(kind.model_fields["kind"].annotation)[0] for kind in get_args(union))
+    return sorted(get_args(kind.model_fields["kind"].annotation)[0] for kind in tables_of(Strategy))
 
 
 def test_every_strategy_has_settings_and_a_row():

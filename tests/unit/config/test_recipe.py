@@ -86,6 +86,9 @@ def test_four_settings_make_a_recipe():
         ({"holders": {"partition": {"kind": "sizes", "sizes": [3, 4]}}}, "holders.partition.sizes is [3, 4]"),
         ({"strategy": {"kind": "krum", "malicious": 8}}, "strategy.malicious is 8"),
         ({"strategy": {"kind": "fedavg", "momentum": 0.5}}, "strategy.momentum is 0.5: there is no such setting."),
+        ({"holders": {"partition": {"kind": "sizes"}}}, "holders.partition.sizes is missing: it must be given."),
+        ({"training": {"optimizer": {"learning_rate": -1.0}}}, "training.optimizer.learning_rate is -1.0: it must be"),
+        ({"strategy": {"momentum": 1.0}}, "strategy.momentum is 1.0: it must be less than 1."),
         ({"run": {"seed": -1}}, "run.seed is -1: it must be at least 0."),
         ({"surprise": {"x": 1}}, "surprise is "),
     ],
@@ -96,6 +99,17 @@ def test_each_fault_names_setting_value_rule_and_remedy(sections, expected):
     assert found[0].startswith(expected)
     assert found[0].endswith((".", "?"))
     assert "\n" not in found[0]
+
+
+def test_a_table_that_does_not_say_its_kind_has_the_default_one():
+    config = make_config(
+        with_(
+            training={"optimizer": {"learning_rate": 2.0}}, strategy={"momentum": 0.5}, model={"head": {"bias": False}}
+        )
+    )
+    assert config.training.optimizer.kind == "sgd"
+    assert config.strategy.kind == "fedavgm"
+    assert config.model.head.kind == "linear"
 
 
 def test_all_faults_at_once():

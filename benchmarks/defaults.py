@@ -250,7 +250,7 @@ def best_of(grid: Means, name: str, epsilon: float) -> Point:
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """Markdown: default against best a set and epsilon, the mean shortfall of grid points, and the check by the apps."""
+    """Markdown: default against best, the mean shortfall of points of the grid, and the check by whole runs."""
     grid, fresh = means_of(rows, "grid"), means_of(rows, "fresh")
     spread = means_of(rows, "fresh", statistics.stdev)
     plain = {row["set"]: row for row in rows if row["kind"] == "none"}
@@ -267,8 +267,9 @@ def tables(rows: list[dict[str, Any]]) -> str:
                 short.setdefault(point, []).append(100 * (grid[name, epsilon, best] - mean))
         mine, its = fresh[name, epsilon, DEFAULT], fresh[name, epsilon, best]
         train, test, holders = plain[name]["sizes"]
+        deviation = spread[name, epsilon, DEFAULT]
         lines.append(
-            f"| {name} | {train:,}, {test:,} | {holders} | {epsilon:g} | {mine:.3f} ± {spread[name, epsilon, DEFAULT]:.3f} "
+            f"| {name} | {train:,}, {test:,} | {holders} | {epsilon:g} | {mine:.3f} ± {deviation:.3f} "
             f"| {its:.3f} | {'the default' if best == DEFAULT else ', '.join(f'{x:g}' for x in best)} "
             f"| {100 * (its - mine):.1f} | {plain[name]['accuracy']:.3f} |"
         )

@@ -29,8 +29,12 @@ app = ClientApp()
 @app.query()
 def hello(message: Message, context: Context) -> Message:
     """Say which holder this is."""
-    _, name, _ = workplace_of(context)
-    return protocol.hello(message, name)
+    try:
+        _, name, _ = workplace_of(context)
+        return protocol.hello(message, name)
+    except Exception:  # the boundary: an exception's own text may hold private data
+        log.exception("the holder's records can't be opened")
+        return protocol.refuse(message, protocol.refusal(protocol.NOT_READY), "")
 
 
 @app.train()
@@ -79,7 +83,9 @@ def train_holder(
     with torch.no_grad():
         for parameter, value in zip(workplace.trainable.trained().values(), received.values(), strict=True):
             parameter.copy_(value)
-    streams = system_streams() if request.seed is None else simulation_streams(request.seed, name, request.round)
+    # A seed that arrives is for simulated holders; whoever sent it can draw the noise again.
+    seed = request.seed if workplace.simulated else None
+    streams = system_streams() if seed is None else simulation_streams(seed, name, request.round)
     plan = StepPlan(
         mechanism=request.mechanism,
         noise_multiplier=request.noise_multiplier,

@@ -163,7 +163,7 @@ class ClosedForm(GradientPath):
         rows = self._rows(torch.cat(list(samples)))
         x = rows.x if rows.scale is None else rows.x.mul_(rows.scale[:, None])
         parts = zip(*(torch.split(values, sizes) for values in (x, rows.y, rows.reach)), strict=True)
-        return [Rows(*part, None) for part in parts]
+        return [Rows(x_part, y_part, reach, None) for x_part, y_part, reach in parts]
 
     @torch.no_grad()
     def add_rows(self, index: Index | Rows) -> None:

@@ -21,7 +21,7 @@ from fedhead.common.config.schema import Optimizer
 from fedhead.common.errors import InputError
 from fedhead.common.models.trainable import Trainable
 from fedhead.common.privacy.clipping import finite_records
-from fedhead.common.privacy.events import Event, GaussianEvent, NoPrivacyEvent, PoissonEvent
+from fedhead.common.privacy.events import Event, NoPrivacyEvent, event_of
 from fedhead.common.privacy.noise import Streams
 from fedhead.common.privacy.optimizers import PrivateOptimizer, add_pull, begin_round, make_optimizer
 from fedhead.common.privacy.sampling import poisson_sample
@@ -81,15 +81,7 @@ class StepPlan:
             )
         if self.chunk < 1:
             raise InputError(f"chunk is {self.chunk!r}: it must be at least 1. Leave it out.")
-        if self.mechanism == "full-batch":
-            return GaussianEvent(self.noise_multiplier, self.clipping_norm, self.local_steps)
-        if self.mechanism == "poisson":
-            if self.sample_rate is None:
-                raise InputError("sample_rate is missing: poisson needs a probability. Set it, or use full-batch.")
-            return PoissonEvent(self.noise_multiplier, self.clipping_norm, self.sample_rate, self.local_steps)
-        if self.mechanism == "none":
-            return NoPrivacyEvent(self.local_steps)
-        raise InputError(f"mechanism is {self.mechanism!r}: it must be one of {', '.join(MECHANISMS)}. Choose one.")
+        return event_of(self.mechanism, self.noise_multiplier, self.clipping_norm, self.local_steps, self.sample_rate)
 
     @property
     def divisor(self) -> float:

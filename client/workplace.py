@@ -41,12 +41,15 @@ class Workplace:
         Bound to the trained part; one round at a time.
     holders : sequence of (name, Labelled)
         By partition id.
+    simulated : bool
+        Whether randomness may come from a seed in the request; a deployed holder never lets it.
     """
 
     config: RunConfig
     backbone: str
     trainer: Trainer
     holders: list[tuple[str, Labelled]]
+    simulated: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -115,4 +118,4 @@ def arrange(config: RunConfig, digest: str, trainable: Trainable, train: Labelle
     for number, part in enumerate(parts):
         holders.append((holder_name(number), joined.slice(start, start + len(part))))
         start += len(part)
-    return Workplace(config, digest, Trainer(trainable, make_task(config.task)), holders)
+    return Workplace(config, digest, Trainer(trainable, make_task(config.task)), holders, simulated=True)

@@ -31,10 +31,12 @@ _NPY = "numpy.ndarray"  # Flower's name for the bytes that `numpy.save` writes
 # Fixed codes and texts of a refusal: all that the server learns about its reason.
 INVALID_REQUEST = 1001
 OTHER_MODEL = 1002
+NOT_READY = 1003
 TRAINING_FAILED = 1099
 TEXTS: Mapping[int, str] = {
     INVALID_REQUEST: "the request is not valid",
     OTHER_MODEL: "the request is for another backbone or head",
+    NOT_READY: "the holder's records can't be opened; its own log says why",
     TRAINING_FAILED: "training failed; the holder's own log says why",
 }
 
@@ -58,7 +60,7 @@ class RoundRequest(BaseModel):
     noise_multiplier: float = Field(ge=0)
     clipping_norm: float = Field(gt=0)
     sample_rate: float | None = Field(None, gt=0, lt=1)
-    local_steps: int = Field(ge=1)
+    local_steps: int = Field(ge=1, le=100_000)
     declared_records: int = Field(ge=1)
     optimizer: Optimizer
     learning_rate: float = Field(gt=0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -168,7 +169,10 @@ def main() -> NoReturn:
         # Of the libraries underneath: they speak to programmers, and may quote a record.
         warnings.simplefilter("ignore")
     try:
-        app(standalone_mode=False)
+        signal.signal(signal.SIGTERM, _terminated)
+        status = app(standalone_mode=False)  # None, or the status of an early exit; 130 after Ctrl-C
+        if status == 130:
+            raise KeyboardInterrupt
         sys.stdout.flush()  # here, where a closed pipe is still caught
     except FedheadError as error:
         if debug:
@@ -197,6 +201,11 @@ def main() -> NoReturn:
             1,
         )
     sys.exit(0)
+
+
+def _terminated(*_: object) -> NoReturn:
+    """End like any other failure, so that a run cleans up behind itself."""
+    sys.exit(143)
 
 
 def _fail(text: str, status: int) -> NoReturn:

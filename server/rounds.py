@@ -18,7 +18,8 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from fedhead.common import protocol
-from fedhead.common.errors import Refused, RunError
+from fedhead.common.errors import InputError, Refused, RunError
+from fedhead.common.privacy.events import event_of, from_json
 from fedhead.common.protocol import RoundRequest
 from fedhead.server.cohorts import Cohorts
 
@@ -127,6 +128,12 @@ class _InRounds(FedAvg):
         good: list[tuple[str, Message]] = []
         names = {node: name for name, node in self.rounds.nodes.items()}
         wanted = 1 if self.rounds.uniform else self.rounds.request(record.round).declared_records
+        spent = _asked(self.rounds.request(record.round))
+        heard = {reply.metadata.src_node_id for reply in replies}
+        for name in self.rounds.cohorts.of_round(record.round):
+            if self.rounds.nodes[name] not in heard:  # it may have released: what was asked counts as spent
+                record.refused.append({"holder": name, "code": 0, "text": "no reply in time"})
+                record.events[name] = spent
         for reply in replies:
             name = names.get(reply.metadata.src_node_id, str(reply.metadata.src_node_id))
             if reply.has_error():
@@ -135,13 +142,13 @@ class _InRounds(FedAvg):
                 record.refused.append({"holder": name, "code": code, "text": text})
                 continue
             record.bytes_up += protocol.payload_bytes(reply.content)
+            # A release that arrived was spent, whatever becomes of it, so its event counts before anything is checked.
+            record.events[name] = _event(reply, spent)
             try:
                 weight = protocol.read_update(reply, self.rounds.like)
             except Refused:
                 record.refused.append({"holder": name, "code": 0, "text": "the update can't be used"})
                 continue
-            # A release that arrived was spent, whatever becomes of it, so its event counts from here on.
-            record.events[name] = protocol.read_release(reply)[1]
             if weight != wanted:
                 protocol.set_weight(reply, wanted)
             good.append((name, reply))
@@ -159,3 +166,19 @@ class _InRounds(FedAvg):
                 f"round {record.round} got no update from any holder ({'; '.join(reasons)}). "
                 "The holders' own logs say more; the last head is kept."
             )
+
+
+def _asked(request: RoundRequest) -> str:
+    """The event that a request asks for, as JSON."""
+    return event_of(
+        request.mechanism, request.noise_multiplier, request.clipping_norm, request.local_steps, request.sample_rate
+    ).to_json()
+
+
+def _event(reply: Message, asked: str) -> str:
+    """The event that a holder says it released; where that can't be read, the one it was asked for."""
+    text = protocol.read_release(reply)[1]
+    try:
+        return from_json(text).to_json()
+    except InputError:
+        return asked

@@ -57,7 +57,7 @@ def show(value: Any) -> str:
 
 
 def setting_name(location: Sequence[str | int], raw: Any) -> str:
-    """The setting as typed, `privacy.epsilon` or `task.labels[2]`, without the tags that pydantic puts in for unions."""
+    """The setting as typed, `privacy.epsilon` or `task.labels[2]`, without the tags that pydantic puts in."""
     name, here, tagged = "", raw, False
     for index, part in enumerate(location):
         if isinstance(part, int):

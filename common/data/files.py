@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import shutil
 import tempfile
 import warnings
@@ -108,6 +109,11 @@ def _read(request: Request, read: Callable[[str], Dataset | DatasetDict]) -> Dat
         raise
     except Exception as error:  # the message of a parser may quote a record: only the kind of fault is passed on
         cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DataError(
+                f"{request.shown}: there is no room in {tempfile.gettempdir()} for a copy of it. Free some space, or set "
+                "TMPDIR to a folder that has some."
+            ) from None
         raise DataError(
             f"{request.shown}: it can't be read ({type(cause).__name__}). Check that the file is whole, has the "
             "format that the source names, and is UTF-8."

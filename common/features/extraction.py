@@ -217,7 +217,9 @@ def _in_order(
     return {VALUES: values, OFFSETS: offsets}
 
 
-def _forward(backbone: Backbone, batch: dict[str, Tensor], dtype: str, asked: int) -> tuple[np.ndarray, np.ndarray | None]:
+def _forward(
+    backbone: Backbone, batch: dict[str, Tensor], dtype: str, asked: int
+) -> tuple[np.ndarray, np.ndarray | None]:
     with torch.inference_mode():
         values, lengths = backbone.forward(batch)
         if dtype == "float16":

@@ -142,6 +142,27 @@ EVENTS: Final[Mapping[str, type[Event]]] = {
 }
 
 
+def event_of(
+    mechanism: str, noise_multiplier: float, clipping_norm: float, steps: int, sample_rate: float | None = None
+) -> Event:
+    """The event that a round spends, from the numbers of its request.
+
+    Raises
+    ------
+    InputError
+        A number breaks its rule, or the mechanism is unknown.
+    """
+    if mechanism == "full-batch":
+        return GaussianEvent(noise_multiplier, clipping_norm, steps)
+    if mechanism == "poisson":
+        if sample_rate is None:
+            raise InputError("sample_rate is missing: poisson needs a probability. Set it, or use full-batch.")
+        return PoissonEvent(noise_multiplier, clipping_norm, sample_rate, steps)
+    if mechanism == "none":
+        return NoPrivacyEvent(steps)
+    raise InputError(f"mechanism is {mechanism!r}: it must be one of {', '.join(EVENTS)}. Choose one.")
+
+
 def from_json(text: str) -> Event:
     """Read an event back.
 

@@ -1,0 +1,220 @@
+"""The command: exit status, what goes to stdout and to stderr, and what is left behind when it is stopped."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from fedhead.cli import main
+
+RECIPE = """
+[task]
+labels = ["a", "b"]
+[model]
+backbone = "module:torch.nn:Identity"
+[data]
+source = "csv:v.csv"
+columns = { vector = "x*", label = "label" }
+[holders]
+count = 3
+[privacy]
+epsilon = 3.0
+[training]
+rounds = 2
+[run]
+baseline = false
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with a tiny recipe, as the current one, and a cache of its own."""
+    rng = np.random.default_rng(0)
+    rows = [[*(rng.normal(size=3) + i % 2).round(4), "ab"[i % 2]] for i in range(60)]
+    (tmp_path / "v.csv").write_text("x0,x1,x2,label\n" + "".join(",".join(map(str, row)) + "\n" for row in rows))
+    (tmp_path / "r.toml").write_text(RECIPE)
+    (tmp_path / "fedhead_cli_loud.py").write_text(
+        "from torch import nn\nclass Loud(nn.Module):\n    def forward(self, x):\n        print('LOUD')\n        return x\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("FEDHEAD_DEBUG", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def fedhead(here, monkeypatch, capsys):
+    """Run the command in this process: (status, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fedhead", *arguments])
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as caught:
+                main()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return caught.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def start(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "fedhead", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["simulate"], "RECIPE is missing"),
+        (["simulate", "none.toml"], "no such file"),
+        (["simulate", "."], "can't be read"),
+        (["simulate", "v.csv"], "no valid TOML"),
+        (["simulate", "r.toml", "--engine", "foo"], "--engine is"),
+        (["simulate", "r.toml", "--seeds", "0"], "--seeds"),
+        (["simulate", "r.toml", "--set", "nonsense"], "form key=value"),
+        (["simulate", "r.toml", "--set", "a.b.c=3"], "no such setting"),
+        (["simulate", "r.toml", "--set", "privacy.epsilon=0"], "more than 0"),
+        (["simulate", "r.toml", "--set", "model.backbone=transformers:no/such", "--out", "o"], "hub"),
+        (["simulate", "r.toml", "--out", "v.csv"], "must be a folder"),
+        (["simulate", "r.toml", "--state", "v.csv", "--out", "o"], "feature cache in .* can't be written"),
+        (["simulate", "r.toml", "--no-such-option"], "No such option"),
+        (["plan"], "RECIPE is missing"),
+        (["plan", "--epsilon", "0", "--rounds", "3"], "--epsilon is 0.0"),
+        (["plan", "--epsilon", "nan", "--rounds", "3"], "--epsilon is nan"),
+        (["plan", "--epsilon", "3", "--rounds", "0"], "--rounds"),
+        (["report", "nowhere"], "no result.json"),
+        (["predict", "nowhere", "v.csv"], "MODEL_DIR"),
+        (["no-such-command"], "No such command"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr_and_status_2(fedhead, here, monkeypatch, arguments, words):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = {path.name for path in here.iterdir()}
+    status, out, err = fedhead(*arguments)
+    assert status == 2
+    assert out == ""
+    assert re.fullmatch(rf"fedhead: .*{words}.*\n", err), err
+    assert {path.name for path in here.iterdir()} <= before | {"cache"}
+
+
+def test_all_faults_of_a_recipe_are_reported_a_line_each(fedhead):
+    status, _, err = fedhead("simulate", "r.toml", "--set", "training.rounds=0", "--set", "holders.count=0")
+    assert status == 2
+    assert [line.split(" is ")[0] for line in err.splitlines()] == ["fedhead: holders.count", "fedhead: training.rounds"]
+
+
+def test_json_is_one_object_and_nothing_else(fedhead, here):
+    """Whatever a module of the user's own prints."""
+    loud = ["--set", "model.backbone=module:fedhead_cli_loud:Loud"]
+    status, out, err = fedhead("simulate", "r.toml", "--json", "--out", "o", *loud)
+    assert status == 0
+    assert json.loads(out)["final"] == json.loads((here / "o" / "result.json").read_text())["final"]
+    assert out.count("\n") == 1
+    assert set(err.split()) == {"LOUD"}
+    status, out, err = fedhead("simulate", "r.toml", "--json", "--out", "o2", "--set", "data.source=csv:none.csv")
+    assert (status, out) == (2, "")
+    assert "no such file" in err
+    for arguments in (["plan", "r.toml"], ["report", "o"], ["simulate", "--list"]):
+        status, out, _ = fedhead(*arguments, "--json")
+        assert status == 0
+        assert isinstance(json.loads(out), dict)
+
+
+def test_without_a_terminal_output_is_plain_and_fits_80_columns(fedhead, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, err = fedhead("simulate", "r.toml", "--out", "o")
+    assert (status, err) == (0, "")
+    assert "\x1b" not in out
+    wrapped = [line for line in out.splitlines() if not line.startswith(("note: ", "results in", "report  at"))]
+    assert max(map(len, wrapped)) <= 80
+
+
+def test_runs_without_a_folder_get_one_each(fedhead, here):
+    assert [fedhead("simulate", "r.toml")[0] for _ in range(2)] == [0, 0]
+    assert len(list((here / "runs").glob("r-*/result.json"))) == 2
+
+
+def test_the_cifar_recipe_says_quickly_what_is_missing(fedhead, monkeypatch, here):
+    import urllib.request
+
+    def offline(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    started = time.monotonic()
+    status, _, err = fedhead("simulate", "cifar10", "--out", "o")
+    assert status == 2
+    assert "can't be downloaded" in err
+    assert err.count("\n") == 1
+    assert time.monotonic() - started < 30
+    assert not (here / "o").exists()
+
+
+def test_details_only_when_asked_for(fedhead, monkeypatch, capsys):
+    from fedhead.simulations import plans
+
+    def broken(*_):
+        raise RuntimeError("DETAIL")
+
+    monkeypatch.setattr(plans, "of_recipe", broken)
+    status, _, err = fedhead("plan", "r.toml")
+    assert status == 1
+    assert "RuntimeError" in err
+    assert "DETAIL" not in err
+    monkeypatch.setenv("FEDHEAD_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", ["fedhead", "plan", "r.toml"])
+    with pytest.raises(RuntimeError, match="DETAIL"):
+        main()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_leaves_nothing_and_says_one_line(here, number, status):
+    process = start("simulate", "r.toml", "--out", "o", "--set", "training.rounds=100000", cwd=here)
+    until = time.monotonic() + 120
+    while not (here / "cache").exists():  # it is past the imports, and at work
+        assert time.monotonic() < until
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert out == ""
+    assert "Traceback" not in err
+    assert err.count("\n") <= 1
+    assert not (here / "o").exists()
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_is_no_fault(here):
+    read, write = os.pipe()
+    os.close(read)
+    process = subprocess.run(
+        [sys.executable, "-m", "fedhead", "plan", "r.toml"], cwd=here, stdout=write, stderr=subprocess.PIPE, check=False
+    )
+    os.close(write)
+    assert (process.returncode, process.stderr) == (0, b"")
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_told_in_one_line(here):
+    command = f"ulimit -f 4; exec {sys.executable} -m fedhead simulate r.toml --out o"
+    process = subprocess.run(
+        ["bash", "-c", f"trap '' XFSZ; {command}"], cwd=here, capture_output=True, text=True, check=False
+    )
+    assert process.returncode in {1, 2}
+    assert "Traceback" not in process.stderr
+    assert len(process.stderr.splitlines()) == 1, process.stderr
+    assert not (here / "o" / "result.json").exists()

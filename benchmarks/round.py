@@ -6,8 +6,9 @@ whole one: the real server and client apps, Flower's strategy, requests, checks 
     python benchmarks/round.py [--rounds 25] [--json]
 
 After each round, two other blocks are timed in the same process: the holders' training alone, which shows what the
-engine adds, and a yardstick, 100 plain autograd steps (512 -> 10, batch 256). Medians count. A yardstick step took 235 us on the quiet machine that the goal was set on, so the last line scales the
-round by that: on a busy machine the same work costs more CPU time.
+engine adds, and a yardstick, 100 plain autograd steps (512 -> 10, batch 256). Medians count. A yardstick step took
+235 us on the quiet machine that the goal was set on, so the last line scales the round by that: on a busy machine the
+same work costs more CPU time.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 from fedhead.client.training import StepPlan, Trainer
 from fedhead.common import progress
 from fedhead.common.config import make_config
-from fedhead.common.config.schema import RunConfig, SGD
+from fedhead.common.config.schema import SGD, RunConfig
 from fedhead.common.data.records import Records
 from fedhead.common.features import FeatureSet
 from fedhead.common.models.backbones import load_backbone

@@ -70,7 +70,7 @@ class RoundRequest(BaseModel):
 
 
 def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
-    """Tensors by name, in order, as Flower's arrays (float32): the same bytes as `ArrayRecord(state)`, made quicker."""
+    """Tensors by name, in order, as Flower's arrays (float32): what `ArrayRecord(state)` makes, sooner."""
     record = ArrayRecord()
     for name, value in state.items():
         values = value.detach().to("cpu", torch.float32).numpy()

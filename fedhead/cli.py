@@ -156,10 +156,15 @@ def _list(recipes: dict[str, Path], as_json: bool) -> None:
 
 
 def _emit(found: Any, as_json: bool, show: Any) -> None:
-    if as_json:
-        typer.echo(json.dumps(found))
-    else:
-        show()
+    try:
+        if as_json:
+            typer.echo(json.dumps(found))
+        else:
+            show()
+        sys.stdout.flush()
+    except (BrokenPipeError, SystemExit):
+        # The reader of a pipe went away (`| head`): nothing is wrong, though rich and typer would make it status 1.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> NoReturn:
@@ -173,7 +178,6 @@ def main() -> NoReturn:
         status = app(standalone_mode=False)  # None, or the status of an early exit; 130 after Ctrl-C
         if status == 130:
             raise KeyboardInterrupt
-        sys.stdout.flush()  # here, where a closed pipe is still caught
     except FedheadError as error:
         if debug:
             raise
@@ -182,10 +186,6 @@ def main() -> NoReturn:
         _fail("stopped.", 130)
     except KeyboardInterrupt:
         _fail("stopped.", 130)
-    except BrokenPipeError:
-        # The reader of a pipe went away (`| head`): nothing is wrong here.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except Exception as error:
         usage = getattr(error, "format_message", None)
         if usage is not None:

@@ -12,9 +12,12 @@ from fedhead.common.protocol import RoundRequest
 
 # Chosen by measurement, see docs/defaults.md. The effective rate, learning rate times clipping norm over 1 - momentum,
 # is SIGNAL over the noise in one coordinate of the averaged gradient; the rate itself is at most MOST_STEP times
-# 1 + momentum, because gradient descent is stable up to a rate that grows so with momentum.
+# 1 + momentum, because gradient descent is stable up to a rate that grows so with momentum. Both are for a linear
+# head; what has more parameters takes in more noise and gets a share of them.
 SIGNAL = 0.25
 MOST_STEP = 5.0
+SHARE_OF_MLP = 0.3
+SHARE_OF_UNFROZEN = 0.03
 
 
 @dataclass(frozen=True)
@@ -104,14 +107,21 @@ def learning_rate(config: RunConfig, noise_multiplier: float, declared_records: 
     server = config.strategy.momentum if isinstance(config.strategy, FedAvgM) else 0.0
     momentum = max(server, getattr(optimizer, "momentum", 0.0))
     steps = config.training.local_steps
-    most = MOST_STEP * (1 + momentum)
+    share = _share(config)
+    most = share * MOST_STEP * (1 + momentum)
     if privacy.mechanism == "none":
         return most / steps
     cohort = config.holders.per_round or config.holders.count
     divisor = declared_records * (privacy.sample_rate or 1.0)
     # Standard deviation in a coordinate of the mean over the cohort's steps of a round, in units of the clipping norm.
     noise = noise_multiplier / (divisor * math.sqrt(cohort * steps))
-    return min(SIGNAL / noise * (1 - momentum), most) / (steps * privacy.clipping_norm)
+    return min(share * SIGNAL / noise * (1 - momentum), most) / (steps * privacy.clipping_norm)
+
+
+def _share(config: RunConfig) -> float:
+    if config.model.unfreeze:
+        return SHARE_OF_UNFROZEN
+    return 1.0 if config.model.head.kind == "linear" else SHARE_OF_MLP
 
 
 def schedule_factor(config: RunConfig, number: int) -> float:

@@ -19,6 +19,7 @@ from fedhead.client import workplace
 from fedhead.common import progress
 from fedhead.common.config import RunConfig, changed, find_recipe, to_json
 from fedhead.common.config.schema import SGD
+from fedhead.common.errors import DataError, InputError
 from fedhead.common.models.backbones import Backbone
 from fedhead.common.preparation import (
     Labelled,
@@ -29,7 +30,6 @@ from fedhead.common.preparation import (
     make_trainable,
     read_split,
 )
-from fedhead.common.errors import DataError, InputError
 from fedhead.common.results import Result, write_aside
 from fedhead.common.tasks import make_task
 from fedhead.server import app as server_app
@@ -325,14 +325,16 @@ def threads(exact: bool) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Flower narrates every round at INFO; our progress says it shorter."""
-    logger = logging.getLogger("flwr")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    """Flower narrates every round at INFO, where our progress says it shorter; matplotlib warns of its font cache."""
+    loggers = [logging.getLogger(name) for name in ("flwr", "matplotlib")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def _renamed(stage: str) -> progress.Listener | None:

@@ -82,6 +82,17 @@ def _noise(s: Sections) -> Iterator[str]:
         )  # fmt: skip
 
 
+# Below these, squares and quotients leave the range of floats, or the accountant's grids outgrow the memory.
+_LEAST = {"noise_multiplier": 1e-12, "clipping_norm": 1e-12, "sample_rate": 1e-6}
+
+
+def _reach(s: Sections) -> Iterator[str]:
+    for name, least in _LEAST.items():
+        value = None if s.privacy is None else getattr(s.privacy, name)
+        if value is not None and value < least:
+            yield fault(f"privacy.{name}", value, f"it must be at least {least:g}", "Give a larger value.")
+
+
 def _unit(s: Sections) -> Iterator[str]:
     if s.privacy is not None and s.privacy.unit != "record":
         yield fault(
@@ -182,5 +193,5 @@ def _schedule(s: Sections) -> Iterator[str]:
 
 
 CHECKS: tuple[Callable[[Sections], Iterator[str]], ...] = (
-    _labels, _model, _test, _holders, _noise, _unit, _schedule,
+    _labels, _model, _test, _holders, _noise, _reach, _unit, _schedule,
 )  # fmt: skip

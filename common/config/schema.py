@@ -211,15 +211,13 @@ class PrivacySettings(Table):
     )
     epsilon: float | None = Field(None, gt=0, description="Most that the whole run may spend at each holder.")
     noise_multiplier: float | None = Field(
-        None, ge=1e-12, le=1e6, description="Noise standard deviation over clipping norm, instead of `epsilon`."
+        None, gt=0, le=1e6, description="Noise standard deviation over clipping norm, instead of `epsilon`."
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="The delta that goes with epsilon.")
-    sample_rate: float | None = Field(
-        None, ge=1e-6, lt=1, description="Probability of each record in a step (poisson)."
-    )
+    sample_rate: float | None = Field(None, gt=0, lt=1, description="Probability of each record in a step (poisson).")
     clipping_norm: float = Field(
         0.3,
-        ge=1e-6,
+        gt=0,
         le=1e6,
         description="Most that one record can move the gradient sum (L2 norm over all trained parameters).",
     )

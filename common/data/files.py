@@ -20,7 +20,7 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
-from pandas.errors import ParserWarning
+from pandas.errors import ParserWarning  # type: ignore[import-untyped]
 
 from fedhead.common.data.loaded import LazyColumns, Loaded, Request
 from fedhead.common.data.paths import resolve_path
@@ -111,8 +111,8 @@ def _read(request: Request, read: Callable[[str], Dataset | DatasetDict]) -> Dat
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DataError(
-                f"{request.shown}: there is no room in {tempfile.gettempdir()} for a copy of it. Free some space, or set "
-                "TMPDIR to a folder that has some."
+                f"{request.shown}: there is no room in {tempfile.gettempdir()} for a copy of it. Free some space, or "
+                "set TMPDIR to a folder that has some."
             ) from None
         raise DataError(
             f"{request.shown}: it can't be read ({type(cause).__name__}). Check that the file is whole, has the "

@@ -227,8 +227,8 @@ def _forward(
             values = torch.where(values.isfinite(), values.clamp(-HALF_LIMIT, HALF_LIMIT), torch.nan)
         if len(values) != asked:
             raise ModelError(
-                f'model.backbone is "{backbone.name}": it gave {len(values)} feature vectors for {asked} records. It must '
-                "give one a record, in their order."
+                f'model.backbone is "{backbone.name}": it gave {len(values)} feature vectors for {asked} records. It '
+                "must give one a record, in their order."
             )
         array: np.ndarray = values.to("cpu", getattr(torch, dtype)).numpy()
         return array, None if lengths is None else lengths.to("cpu", torch.int64).numpy()

@@ -47,8 +47,8 @@ def noise_multiplier_for(
     Notes
     -----
     Guarantee: `fedhead.common.privacy.accounting.epsilon` of the plan is at most epsilon, and at least
-    epsilon (1 - 1e-3), save where `LEAST_NOISE` costs less already. Full batch: sqrt(steps) / mu. Poisson: root finding on the logarithm of the noise with a quick
-    upper bound, then a correction with the accountant that reports.
+    epsilon (1 - 1e-3), save where `LEAST_NOISE` costs less already. Full batch: sqrt(steps) / mu. Poisson: root finding
+    on the logarithm of the noise with a quick upper bound, then a correction with the accountant that reports.
     """
     check_delta(delta)
     if not 0 < epsilon < math.inf:
@@ -62,8 +62,8 @@ def noise_multiplier_for(
     least, most = POISSON_EPSILON
     if not least <= epsilon <= most:
         raise InputError(
-            f"epsilon is {epsilon!r}: for sampled steps it must lie between {least:g} and {most:g}, where the accountant "
-            "can certify it. Give another epsilon, or use full-batch steps."
+            f"epsilon is {epsilon!r}: for sampled steps it must lie between {least:g} and {most:g}, where the "
+            "accountant can certify it. Give another epsilon, or use full-batch steps."
         )
     return _poisson(epsilon, delta, steps, sample_rate)
 

@@ -10,7 +10,7 @@ from fedhead.common.config import changed, make_config
 from fedhead.common.errors import ConfigError, DataError, FedheadError, InputError, RunError
 from fedhead.simulations.simulate import simulate, simulate_seeds
 
-OWN_CODE = '''
+OWN_CODE = """
 import torch
 from torch import nn
 from fedhead.common.tasks.classification import Classification
@@ -50,7 +50,7 @@ class NoTask:
     def __init__(self, settings): pass
 class NoOutputs(Classification):
     outputs = 0
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def test_folders_that_are_files(recipe, tmp_path):
     for out in ("file", "file/below"):
         with pytest.raises(InputError, match="--out is"):
             simulate(recipe, tmp_path / out, state=tmp_path / "state")
-    with pytest.raises(InputError, match="the feature cache in .* can't be written"):
+    with pytest.raises(InputError, match=r"the feature cache in .* can't be written"):
         simulate(recipe, tmp_path / "run", state=tmp_path / "file")
     assert not (tmp_path / "run").exists()
 

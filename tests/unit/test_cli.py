@@ -40,7 +40,8 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "v.csv").write_text("x0,x1,x2,label\n" + "".join(",".join(map(str, row)) + "\n" for row in rows))
     (tmp_path / "r.toml").write_text(RECIPE)
     (tmp_path / "fedhead_cli_loud.py").write_text(
-        "from torch import nn\nclass Loud(nn.Module):\n    def forward(self, x):\n        print('LOUD')\n        return x\n"
+        "from torch import nn\nclass Loud(nn.Module):\n    def forward(self, x):\n"
+        "        print('LOUD')\n        return x\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -69,7 +70,8 @@ def fedhead(here, monkeypatch, capsys):
 
 def start(*arguments, **options):
     return subprocess.Popen(
-        [sys.executable, "-m", "fedhead", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        [sys.executable, "-m", "fedhead", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        **options,
     )  # fmt: skip
 
 
@@ -111,7 +113,10 @@ def test_bad_input_is_one_line_on_stderr_and_status_2(fedhead, here, monkeypatch
 def test_all_faults_of_a_recipe_are_reported_a_line_each(fedhead):
     status, _, err = fedhead("simulate", "r.toml", "--set", "training.rounds=0", "--set", "holders.count=0")
     assert status == 2
-    assert [line.split(" is ")[0] for line in err.splitlines()] == ["fedhead: holders.count", "fedhead: training.rounds"]
+    assert [line.split(" is ")[0] for line in err.splitlines()] == [
+        "fedhead: holders.count",
+        "fedhead: training.rounds",
+    ]
 
 
 def test_json_is_one_object_and_nothing_else(fedhead, here):

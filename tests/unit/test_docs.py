@@ -1,4 +1,4 @@
-"""The documents are true as far as a machine can tell: examples parse, whole recipes are valid, code runs, links lead."""
+"""The documents are true as far as a machine can tell: examples parse, recipes are valid, code runs, links lead."""
 
 import ast
 import json
@@ -78,11 +78,12 @@ def test_readme_lists_the_folders_that_there_are():
     (tree,) = [body for page, body in blocks("") if page == "README.md" and body.startswith("fedhead/")]
     top = set(re.findall(r"^(\w+)/", tree, re.MULTILINE))
     inside = set(re.findall(r"^  (\w+)/", tree, re.MULTILINE))
-    assert top == {path.name for path in ROOT.iterdir() if path.is_dir() and path.name in top} and "common" in top
+    assert top >= {"fedhead", "common", "client", "server", "simulations", "docs", "tests"}
+    assert [name for name in top if not (ROOT / name).is_dir()] == []
     assert inside == {path.parent.name for path in (ROOT / "common").glob("*/__init__.py")}
 
 
-def test_readme_shows_the_defaults_recipe_of_the_sample():
+def test_readme_shows_output_of_the_quickstart_as_it_is():
     from fedhead import find_recipe
 
     shown = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -108,6 +109,7 @@ def test_no_page_names_a_path_of_a_machine():
         assert not re.search(r"/(work|tmp|home|root)/", path.read_text(encoding="utf-8")), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "recipe"), [("own-data.md", "my-parts.toml"), ("models.md", "my_texts.toml")])
 def test_code_of_the_users_own_runs(page: str, recipe: str, tmp_path: Path):
     for name, body in named_files(page).items():

@@ -52,6 +52,8 @@ def test_default_rate_counts_on_public_numbers_only():
     assert learning_rate(config(), 60.0, 500) == pytest.approx(noisy / 2)  # twice the noise, half the step
     assert learning_rate(config(privacy__clipping_norm=0.6), 30.0, 500) == pytest.approx(noisy / 2)
     assert learning_rate(config(), 1e-9, 500) == pytest.approx(MOST_STEP * 1.9 / 0.3)  # no more than is stable
+    assert learning_rate(config(model__head={"kind": "mlp"}), 30.0, 500) == pytest.approx(noisy * 0.3)
+    assert learning_rate(config(model__unfreeze=1), 30.0, 500) == pytest.approx(noisy * 0.03)
     assert learning_rate(config(training__optimizer={"kind": "sgd", "learning_rate": 7.0}), 30.0, 500) == 7.0
 
 

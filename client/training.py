@@ -236,7 +236,7 @@ class Trainer:
             yield
 
 
-def train_round(  # noqa: PLR0917 (the pieces of a round, in the order of Trainer's two calls)
+def train_round(
     trainable: Trainable,
     task: Task,
     features: Features,

@@ -164,7 +164,8 @@ def load_backbone_for(config: RunConfig, records: Records) -> tuple[Backbone, fl
         raise ConfigError(
             [
                 fault(
-                    "model.backbone", config.model.backbone, f"it reads {backbone.kind}s, but the records are {records.kind}s",
+                    "model.backbone", config.model.backbone,
+                    f"it reads {backbone.kind}s, but the records are {records.kind}s",
                     "Choose another backbone, or say in data.columns which column to read.",
                 )
             ]

@@ -1,4 +1,4 @@
-"""The command `fedhead`. Results go to stdout, progress and errors to stderr; exit status 0, 1 (failed) or 2 (bad input).
+"""The command `fedhead`: results on stdout, progress and errors on stderr; exit status 0, 1 (failed) or 2 (bad input).
 
 Heavy imports happen inside the commands: `fedhead --help` must not import torch.
 """
@@ -127,12 +127,15 @@ def predict(
     inputs: Annotated[list[str], typer.Argument(help="A csv, json or parquet file, images, a folder, or - for stdin.")],
     column: Annotated[str | None, typer.Option(help="Column of the input; default: text.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write here instead of stdout.")] = None,
+    allow_modules: Annotated[
+        bool, typer.Option("--allow-modules", help="Let the model name code of its own (module:...); trust it first.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Labels and probabilities for new records."""
     from fedhead.simulations.predict import predict_file
 
-    predict_file(model_dir, inputs, out=out, column=column, as_json=as_json)
+    predict_file(model_dir, inputs, out=out, column=column, as_json=as_json, allow_modules=allow_modules)
 
 
 @app.callback(invoke_without_command=True)

@@ -8,7 +8,6 @@ import torch
 
 from fedhead.common.config import RunConfig, changed, make_config
 
-
 # One thread: sums in the same order on every machine, and two workers of pytest-xdist don't fight over two cores.
 torch.set_num_threads(1)
 

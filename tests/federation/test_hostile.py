@@ -109,7 +109,9 @@ def test_a_holder_can_t_raise_its_own_weight(tiny, tmp_path, monkeypatch):
 
     with_replies(monkeypatch, greedy)
     simulate(tiny({"training.rounds": 2}), tmp_path / "greedy")
-    honest, greedy_head = ((tmp_path / name / "model" / "head.safetensors").read_bytes() for name in ("honest", "greedy"))
+    honest, greedy_head = (
+        (tmp_path / name / "model" / "head.safetensors").read_bytes() for name in ("honest", "greedy")
+    )
     assert honest == greedy_head
 
 

@@ -1,4 +1,4 @@
-"""A whole federation in one process: what must not depend on the split, the engine or the order, and what is counted."""
+"""A whole federation in one process: what must not depend on the split or the order, and what is counted."""
 
 import json
 from pathlib import Path

@@ -56,7 +56,10 @@ def test_wheel_holds_one_top_level_name_and_all_files(tmp_path: Path):
 
 
 def test_help_does_not_import_torch():
-    code = "import sys, fedhead.cli as c; c.app(['--help'], standalone_mode=False); print([m for m in ('torch', 'flwr', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys, fedhead.cli as c; c.app(['--help'], standalone_mode=False); "
+        "print([m for m in ('torch', 'flwr', 'transformers') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip().endswith("[]")
 

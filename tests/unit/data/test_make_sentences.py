@@ -35,9 +35,10 @@ def corpus(path: Path, rows: list[tuple[str, str, str]]) -> Path:
 def test_select_drops_neutral_doubtful_repeated_contradicting_and_short_texts(tmp_path: Path) -> None:
     rows = [
         ("negative", "1", "this one is kept, surely"),
-        ("negative", "", "This one is KEPT, surely"),
+        ("negative", "0.9", "This one is KEPT, surely"),
         ("positive", "", "no confidence given at all"),
-        ("positive", "0.7", "half of the panel disagreed"),
+        ("positive", "0.5", "half of the panel disagreed"),
+        ("positive", "0.7", "most of the panel agreed"),
         ("neutral", "1", "neither here nor there, really"),
         ("positive", "1", "some say yes, some say no"),
         ("negative", "1", "some say yes, some say no"),
@@ -46,7 +47,7 @@ def test_select_drops_neutral_doubtful_repeated_contradicting_and_short_texts(tm
     found = select(corpus(tmp_path / "a.csv", rows))
     assert {(text.casefold(), label) for text, label in found} == {
         ("this one is kept, surely", "negative"),
-        ("no confidence given at all", "positive"),
+        ("most of the panel agreed", "positive"),
     }
     again = select(corpus(tmp_path / "b.csv", rows[::-1]))
     assert [text.casefold() for text, _ in again] == [text.casefold() for text, _ in found]

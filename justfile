@@ -20,7 +20,7 @@ test:
 
 # tests that take seconds
 fast:
-    pytest -m "not slow" -n 2
+    pytest -m "not slow"
 
 # pages that are made from the code
 docs:

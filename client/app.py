@@ -47,9 +47,10 @@ def train(message: Message, context: Context) -> Message:
         check(request, workplace)
         # One trained part serves all holders of a process, one holder at a time.
         with workplace.lock:
-            received = protocol.from_arrays(arrays, workplace.trainable.trained())
+            trained = workplace.trainable.trained()
+            received = protocol.from_arrays(arrays, trained)
             event = train_holder(workplace, name, records, request, received)
-            return protocol.release(message, workplace.trainable.trained(), request.declared_records, name, event)
+            return protocol.release(message, trained, request.declared_records, name, event)
     except Refused as refused:
         return protocol.refuse(message, refused, name)
     except Exception:  # the boundary: an exception's own text may hold private data

@@ -6,6 +6,7 @@ A simulation does it once and shares the outcome with all holders; a Ray worker 
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from fedhead.common.config import RunConfig
 from fedhead.common.config.faults import fault
 from fedhead.common.data.partition import partition
 from fedhead.common.data.records import Records, check_classes, split_records
-from fedhead.common.data.sources import load_records
+from fedhead.common.data.sources import SOURCES, load_records
 from fedhead.common.errors import ConfigError, DataError
 from fedhead.common.features import FeatureSet, extract
 from fedhead.common.models.backbones import Backbone, load_backbone
@@ -75,6 +76,20 @@ def default_cache() -> Path:
     """Folder of cached features when none is given: `fedhead/features` in the user's cache folder."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "fedhead" / "features"
+
+
+def import_readers(config: RunConfig) -> float:
+    """Import what reading and spreading records needs; the seconds it took.
+
+    Imports take seconds and reading takes tenths: they are counted apart.
+    """
+    started = time.perf_counter()
+    for source in (config.data.source, config.data.test.source):
+        kind = (source or "").partition(":")[0]
+        if kind in SOURCES:
+            SOURCES[kind].load()
+    importlib.import_module("flwr_datasets.partitioner")
+    return time.perf_counter() - started
 
 
 def read_split(config: RunConfig) -> Split:

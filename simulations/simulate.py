@@ -26,6 +26,7 @@ from fedhead.common.preparation import (
     Split,
     default_cache,
     featurize,
+    import_readers,
     load_backbone_for,
     make_trainable,
     read_split,
@@ -162,6 +163,7 @@ def _over_seeds(results: list[Result]) -> dict[str, Any]:
 
 def prepare(config: RunConfig, cache: Path | None) -> Prepared:
     """Read records, load the backbone, compute or open features."""
+    import_seconds = import_readers(config)
     started = time.perf_counter()
     split = read_split(config)
     backbone, load_seconds = load_backbone_for(config, split.train)
@@ -170,7 +172,7 @@ def prepare(config: RunConfig, cache: Path | None) -> Prepared:
     check_usable(train, "training", config)
     check_usable(test, "test", config)
     features_seconds = time.perf_counter() - started - load_seconds
-    timing = {"load_seconds": load_seconds, "features_seconds": features_seconds}
+    timing = {"load_seconds": import_seconds + load_seconds, "features_seconds": features_seconds}
     return Prepared(config, split, backbone, train, test, timing)
 
 

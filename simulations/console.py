@@ -103,7 +103,7 @@ def _show_time(out: Console, result: Result) -> None:
         "total_seconds": "total without load",
     }
     parts = [f"{text} {timing[key]:.1f} s" for key, text in names.items() if key in timing]
-    out.print("time: " + ", ".join(parts))
+    out.print("time: " + ", ".join(parts), soft_wrap=True)
     up = sum(entry["bytes_up"] for entry in result.rounds)
     down = sum(entry["bytes_down"] for entry in result.rounds)
     out.print(f"sent: {_bytes(up)} up, {_bytes(down)} down, over {len(result.rounds)} rounds")
@@ -146,7 +146,8 @@ def _number(value: float | None) -> str:
 
 
 def _epsilon(value: float) -> str:
-    return "infinite" if math.isinf(value) else f"{value:.3f}"
+    """Rounded up: what is shown is never less than what was spent."""
+    return "infinite" if math.isinf(value) else f"{math.ceil(round(value * 1000, 6)) / 1000:.3f}"
 
 
 def _bytes(count: int) -> str:

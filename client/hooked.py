@@ -14,11 +14,13 @@ from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipp
 from torch import Tensor, nn
 
 from fedhead.client.gradients import Features, GradientPath
+from fedhead.client.probing import check_own_gradients, has_own_code
 from fedhead.common.errors import ModelError
 from fedhead.common.privacy.clipping import clip_factors, finite_records
 
 _ELEMENTS: Final = 2**26  # most numbers that values or per-record gradients of one chunk may have: 256 MB in float32
 _NORM_ELEMENTS: Final = 2**22  # the same, inside one layer's norm
+_FIRING: Final = "Full backward hook is firing"  # features ask for no gradient, and torch says so for every first layer
 
 
 def linear_norms(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> dict[Tensor, Tensor]:
@@ -82,16 +84,42 @@ class _Hooked(GradientPath):
     """A path that hangs Opacus's hooks on the module for the time of a round."""
 
     hooks: Any = None
+    _tried = False
 
     @abstractmethod
     def _hang(self) -> Any:
         """Hang the hooks and return them."""
 
     def begin(self, features: Features, targets: Tensor, clipping_norm: float) -> None:
-        """Start a round: hang the hooks."""
+        """Start a round: hang the hooks; before the first one, try code of a user's own on made-up records."""
         super().begin(features, targets, clipping_norm)
-        self._values: int | None = None
         self.hooks = self._hang()
+        if not self._tried and len(features) and has_own_code(self.trainable, self.task):
+            try:
+                self._try(features)
+            except BaseException:
+                self.end()
+                raise
+            self._tried = True
+
+    def _try(self, features: Features) -> None:
+        def clipped_sum(values: Tensor, lengths: Tensor | None, targets: Tensor, norm: float) -> list[Tensor]:
+            asked, self.clipping_norm = self.clipping_norm, norm
+            self.hooks.enable_hooks()
+            try:
+                self.add(values, lengths, targets)
+                return [p.summed_grad for p in self.parameters]
+            finally:
+                self.clipping_norm = asked
+                for p in self.parameters:
+                    p.summed_grad = None
+
+        values, lengths = features.batch(slice(0, 1))
+        self.hooks.disable_hooks()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_FIRING)
+            check_own_gradients(self.trainable, self._losses, clipped_sum, values, lengths is not None)
+        self.hooks.enable_hooks()
 
     def end(self) -> None:
         """End the round: take the hooks and all they left on the parameters away."""
@@ -120,8 +148,7 @@ class _Hooked(GradientPath):
             lengths = None if lengths is None else lengths[keep]
         if len(targets):
             with warnings.catch_warnings():
-                # features ask for no gradient, and torch says so for every first layer
-                warnings.filterwarnings("ignore", message="Full backward hook is firing")
+                warnings.filterwarnings("ignore", message=_FIRING)
                 self._add_finite(values, lengths, targets)
 
     @abstractmethod

@@ -42,6 +42,7 @@ def simulate(
     seeds: Annotated[int | None, typer.Option(min=1, help="Run from several seeds: mean and deviation.")] = None,
     engine: Annotated[str, typer.Option(help="Where holders run: inprocess or ray.")] = "inprocess",
     exact: Annotated[bool, typer.Option("--exact", help="One thread: the same bits from the same seed.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
     list_recipes: Annotated[bool, typer.Option("--list", help="List the built-in recipes.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -55,6 +56,8 @@ def simulate(
         raise InputError('RECIPE is missing: it must be given. "fedhead simulate --list" names the built-in recipes.')
     if engine not in ("inprocess", "ray"):
         raise InputError(f'--engine is "{engine}": it must be inprocess or ray. Leave it out for inprocess.')
+    if resume and (out is None or seeds is not None):
+        raise InputError("--resume goes with --out, and not with --seeds. Name the folder of the run that was stopped.")
     config = find_recipe(recipe, [*(settings or []), *(["run.exact=true"] if exact else [])])
     if out is not None:
         from fedhead.simulations.folders import check_out
@@ -79,7 +82,13 @@ def simulate(
             )
         else:
             result = simulate(
-                config, out, name=Path(recipe).stem, state=state, engine=engine_name, progress_listener=listener
+                config,
+                out,
+                name=Path(recipe).stem,
+                state=state,
+                engine=engine_name,
+                resume=resume,
+                progress_listener=listener,
             )
     if seeds is not None:
         _emit(summary, as_json, lambda: console.show_seeds(summary))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from flwr.app import ArrayRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from fedhead import __version__
@@ -24,6 +25,7 @@ from fedhead.common.models.trainable import Trainable
 from fedhead.common.preparation import Labelled, default_cache, featurize, load_backbone_for, make_trainable, read_split
 from fedhead.common.results import Result
 from fedhead.common.tasks import Task, make_task
+from fedhead.server.checkpoints import Checkpoint, memory_of, remember
 from fedhead.server.cohorts import Cohorts
 from fedhead.server.evaluation import Evaluator
 from fedhead.server.requests import Plan, make_plan
@@ -76,7 +78,8 @@ def main(grid: Grid, context: Context) -> None:
     key = str(context.run_config["recipe"])
     out = Path(str(context.run_config.get("out", "")) or "runs/latest")
     desk = _DESKS.get(key) or prepare(key, str(context.run_config.get("cache", "")))
-    outcome = Coordinator(desk, grid).run()
+    resumed = Checkpoint.read(out, key) if context.run_config.get("resume") else None
+    outcome = Coordinator(desk, grid, key, out, resumed).run()
     outcome.result.write(out)
     save_model(out / "model", desk.trainable, desk.config, desk.backbone, desk.task)
 
@@ -90,11 +93,24 @@ class Outcome:
 
 
 class Coordinator:
-    """One run over a grid."""
+    """One run over a grid.
 
-    def __init__(self, desk: Desk, grid: Grid) -> None:
+    Parameters
+    ----------
+    desk : Desk
+    grid : Grid
+    key : str
+        The recipe as `to_json` writes it.
+    out : Path
+        Folder of the results; checkpoints go below it.
+    resumed : Checkpoint, optional
+        Where to go on.
+    """
+
+    def __init__(self, desk: Desk, grid: Grid, key: str, out: Path, resumed: Checkpoint | None = None) -> None:
         self.desk, self.grid, self.config = desk, grid, desk.config
-        self.metrics: dict[int, dict[str, float]] = {}
+        self.key, self.out, self.resumed = key, out, resumed
+        self.metrics: dict[int, dict[str, float]] = {} if resumed is None else dict(resumed.metrics)
         self.evaluation_seconds = 0.0
         self.evaluator = Evaluator(desk.trainable, desk.task, desk.test)
 
@@ -106,7 +122,7 @@ class Coordinator:
         cohorts = Cohorts(sorted(nodes), config.holders.per_round or len(nodes), config.run.seed)
         plan = make_plan(
             config,
-            uuid.uuid4().hex,
+            uuid.uuid4().hex if self.resumed is None else self.resumed.run,
             self.desk.backbone.digest,
             self.desk.declared[0],
             cohorts.participations(config.training.rounds),
@@ -114,11 +130,24 @@ class Coordinator:
         like = {name: value.detach().clone() for name, value in self.desk.trainable.trained().items()}
         rounds = Rounds(cohorts, nodes, plan.request, like, uniform=config.strategy.weights == "uniform")
         strategy = around(*strategy_class(config.strategy), rounds)
+        first = dict(like)
+        if self.resumed is not None:
+            first = {name: self.resumed.head[name] for name in like}
+            rounds.history.extend(self.resumed.history)
+            rounds.done = self.resumed.round
+            remember(strategy, self.resumed.memory)
+
+        def after_round(number: int, arrays: ArrayRecord) -> MetricRecord | None:
+            self._evaluate(rounds.done + number, arrays)
+            if number and (rounds.done + number) in self.metrics and rounds.done + number < config.training.rounds:
+                self._checkpoint(rounds, strategy, plan, protocol.from_arrays(arrays, like))
+            return None
+
         found = strategy.start(
             grid=self.grid,
-            initial_arrays=protocol.to_arrays(like),
-            num_rounds=config.training.rounds,
-            evaluate_fn=self._evaluate,
+            initial_arrays=protocol.to_arrays(first),
+            num_rounds=config.training.rounds - rounds.done,
+            evaluate_fn=after_round,
         )
         head = protocol.from_arrays(found.arrays, like)
         final = self.evaluator(head)
@@ -142,7 +171,12 @@ class Coordinator:
             )
         return nodes
 
-    def _evaluate(self, number: int, arrays: ArrayRecord) -> MetricRecord | None:
+    def _checkpoint(self, rounds: Rounds, strategy: FedAvg, plan: Plan, head: dict[str, Tensor]) -> None:
+        done = rounds.history[-1].round
+        memory = memory_of(strategy)
+        Checkpoint(self.key, plan.run, done, head, memory, rounds.history, self.metrics).write(self.out)
+
+    def _evaluate(self, number: int, arrays: ArrayRecord) -> None:
         rounds = self.config.training.rounds
         note = ""
         if number == rounds or number % self.config.run.evaluate_every == 0:
@@ -154,10 +188,10 @@ class Coordinator:
             name, value = next(iter(self.metrics[max(self.metrics)].items()))
             note = f"{name} {value:.3f}"
         progress.advance("rounds", number, rounds, note)
-        return None
 
     def _result(self, rounds: Rounds, plan: Plan, final: dict[str, float], seconds: float) -> Result:
         holder_seconds = sum(record.seconds for record in rounds.history)
+        seconds += sum(record.seconds for record in rounds.history if record.round <= rounds.done)  # of an earlier start
         epsilons, privacy = account(rounds.history, self.config, set(self.metrics))
         return Result(
             fedhead=__version__,

@@ -54,6 +54,8 @@ class Rounds:
         Name -> tensor of the shape that every update must have.
     uniform : bool
         Same weight for every holder instead of its declared record count.
+    done : int
+        Rounds of an earlier start of the same run: Flower counts from 1 again, we go on from here.
     """
 
     cohorts: Cohorts
@@ -61,6 +63,7 @@ class Rounds:
     request: Callable[[int], RoundRequest]
     like: Mapping[str, Tensor]
     uniform: bool = False
+    done: int = 0
     history: list[RoundRecord] = field(default_factory=list)
 
 
@@ -101,6 +104,7 @@ class _InRounds(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask the round's cohort, in the order of the holders' names."""
+        server_round += self.rounds.done
         self._started = time.perf_counter()
         names = self.rounds.cohorts.of_round(server_round)
         order = {self.rounds.nodes[name]: i for i, name in enumerate(names)}
@@ -116,6 +120,7 @@ class _InRounds(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Aggregate the replies that can be used, in the order of the holders' names."""
+        server_round += self.rounds.done
         record = self.rounds.history[-1]
         good = self._usable(list(replies), record)
         record.holders = len(good)

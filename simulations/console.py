@@ -95,15 +95,11 @@ def _show_privacy(out: Console, result: Result) -> None:
 
 def _show_time(out: Console, result: Result) -> None:
     timing = result.timing
-    names = {
-        "load_seconds": "load (imports and weights)",
-        "features_seconds": "features",
-        "training_seconds": "training",
-        "server_seconds": "server",
-        "total_seconds": "total without load",
-    }
-    parts = [f"{text} {timing[key]:.1f} s" for key, text in names.items() if key in timing]
-    out.print("time: " + ", ".join(parts), soft_wrap=True)
+    names = ("features", "training", "server", "total")
+    parts = [f"{name} {timing[f'{name}_seconds']:.1f} s" for name in names if f"{name}_seconds" in timing]
+    out.print("time: " + ", ".join(parts))
+    if "load_seconds" in timing:
+        out.print(f"      (before that, imports and weights: {timing['load_seconds']:.1f} s)")
     up = sum(entry["bytes_up"] for entry in result.rounds)
     down = sum(entry["bytes_down"] for entry in result.rounds)
     out.print(f"sent: {_bytes(up)} up, {_bytes(down)} down, over {len(result.rounds)} rounds")

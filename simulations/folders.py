@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,9 +14,13 @@ from pathlib import Path
 
 from fedhead.common.errors import InputError
 from fedhead.common.results import FILE
+from fedhead.server.checkpoints import FILE as CHECKPOINT
+from fedhead.server.checkpoints import FOLDER as CHECKPOINTS
 from fedhead.simulations.logs import FILE as LOG
 
 SEEDS = "seeds.json"
+
+log = logging.getLogger("fedhead")
 
 
 def check_out(out: Path) -> None:
@@ -40,7 +45,8 @@ def claimed(out: Path | None, name: str) -> Iterator[Path]:
     """The folder of a run, for this run alone: `out`, or a new `runs/NAME-DATE-TIME`.
 
     When the block fails, what it left in the folder is removed again, and the folder too if it was not there before.
-    The holders' log stays when the run itself failed, because it says why; a refusal (InputError) leaves nothing.
+    The holders' log stays when the run itself failed, because it says why; a refusal (InputError) leaves nothing. A
+    checkpoint stays, and a warning in the log says how to go on from it.
 
     Raises
     ------
@@ -68,8 +74,11 @@ def claimed(out: Path | None, name: str) -> Iterator[Path]:
         try:
             yield folder
         except BaseException as error:
-            keep_log = not isinstance(error, InputError | KeyboardInterrupt)
-            _undo(folder, before | ({LOG} if keep_log else set()), made)
+            keep = set() if isinstance(error, InputError | KeyboardInterrupt) else {LOG}
+            if (folder / CHECKPOINTS / CHECKPOINT).exists():
+                keep.add(CHECKPOINTS)
+                log.warning("the last checkpoint is kept: give --out %s --resume to go on from it", folder)
+            _undo(folder, before | keep, made)
             raise
     finally:
         os.close(handle)

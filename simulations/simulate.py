@@ -63,6 +63,7 @@ def simulate(
     name: str | None = None,
     state: str | Path | None = None,
     engine: Engine = "inprocess",
+    resume: bool = False,
     progress_listener: progress.Listener | None = None,
 ) -> Result:
     """Run a whole federation on this machine.
@@ -79,6 +80,8 @@ def simulate(
         Folder that keeps the feature cache between runs; default: the user's cache folder.
     engine : "inprocess" or "ray"
         Where the holders run.
+    resume : bool
+        Go on from the checkpoint in `out`; without one the run starts at its beginning.
     progress_listener : callable, optional
         Called as `listener(stage, done, total, note)`.
 
@@ -105,7 +108,7 @@ def simulate(
         plainly(config, log),
     ):
         prepared = prepare(config, cache_folder(state))
-        return run(prepared, folder, name, engine, cache_folder(state))
+        return run(prepared, folder, name, engine, cache_folder(state), resume)
 
 
 def simulate_seeds(
@@ -190,11 +193,13 @@ def check_usable(records: Labelled, which: str, config: RunConfig) -> None:
         )
 
 
-def run(prepared: Prepared, folder: Path, name: str, engine: Engine, cache: Path | None) -> Result:
+def run(
+    prepared: Prepared, folder: Path, name: str, engine: Engine, cache: Path | None, resume: bool = False
+) -> Result:
     """One run from prepared features, its comparison without privacy, and the result folder."""
     started = time.perf_counter()
     config = prepared.config
-    result = federate(prepared, config, folder, engine, cache)
+    result = federate(prepared, config, folder, engine, cache, resume)
     finished = time.perf_counter()
     baseline = result.final if config.privacy.mechanism == "none" else None
     if config.run.baseline and baseline is None:
@@ -216,14 +221,16 @@ def run(prepared: Prepared, folder: Path, name: str, engine: Engine, cache: Path
     return result
 
 
-def federate(prepared: Prepared, config: RunConfig, folder: Path, engine: Engine, cache: Path | None) -> Result:
+def federate(
+    prepared: Prepared, config: RunConfig, folder: Path, engine: Engine, cache: Path | None, resume: bool = False
+) -> Result:
     """Run both apps to the end; the server leaves its result in the folder."""
     key = to_json(config)
     task = make_task(config.task)
     declared = server_app.declared_records(config, len(prepared.train))
     trainable = make_trainable(config, prepared.backbone, task)
     desk = server_app.Desk(config, prepared.backbone, task, trainable, prepared.test, declared, dict(prepared.timing))
-    run_config = {"recipe": key, "out": str(folder), "cache": str(cache or "")}
+    run_config = {"recipe": key, "out": str(folder), "cache": str(cache or ""), "resume": resume}
     server_app.offer(key, desk)
     try:
         if engine == "ray":

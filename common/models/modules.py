@@ -18,6 +18,8 @@ stem, top         What comes before and after the blocks. Default: nothing.
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +59,62 @@ def load_module(settings: ModelSettings, base: Path, vector_size: int | None) ->
         )
     module.eval()
     kind = _kind(module, settings, shown)
-    return as_network(module, settings.backbone, kind, _pipeline(module, kind, settings, vector_size, shown))
+    pipeline = _pipeline(module, kind, settings, vector_size, shown)
+    _check_apart(module, pipeline, shown)
+    return as_network(module, settings.backbone, kind, pipeline)
+
+
+def _check_apart(module: nn.Module, pipeline: Pipeline, shown: str) -> None:
+    """Refuse a module that gives a record other features alone than in a batch: clipping would bound nothing then.
+
+    Raises
+    ------
+    ModelError
+    """
+    try:
+        both = _pair(pipeline)
+        with torch.inference_mode():
+            together, alone = _run(module, both), _run(module, {name: value[:1] for name, value in both.items()})
+    except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError, IndexError):
+        return  # what can't be run at all is told by `assemble`, with what to do
+    if len(together) == 2 and not torch.allclose(together[:1], alone, atol=TOLERANCE, rtol=TOLERANCE):
+        raise ModelError(
+            f"{shown}: a record's features must be the same alone and in a batch. Take out what mixes records, such as "
+            "a BatchNorm without running statistics or a mean over the batch."
+        )
+
+
+def _pair(pipeline: Pipeline) -> dict[str, Tensor]:
+    """A batch of two made-up inputs that differ."""
+    probe = pipeline.probe()
+    if probe.keys() != {VALUES}:
+        return pipeline.collate(["a", "b c d"])
+    values = probe[VALUES]
+    return {VALUES: torch.cat([values, values + torch.randn(values.shape, generator=torch.Generator().manual_seed(0))])}
+
+
+def _run(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    features: Tensor = module(batch[VALUES]) if batch.keys() == {VALUES} else module(**batch)
+    return features
+
+
+def _source(module: nn.Module, reference: str) -> str:
+    """Digest of the files that the module's classes stand in: another code may give other features from equal weights.
+
+    Left out: PyTorch and its models, and fedhead itself, whose features have a version of their own.
+    """
+    found = set()
+    for part in module.modules():
+        if type(part).__module__.partition(".")[0] not in ("torch", "torchvision", "transformers", "fedhead"):
+            found.add(type(part).__module__)
+    if not reference.startswith("module:fedhead."):
+        found.add(reference.split(":")[1])
+    digest = hashlib.sha256()
+    for name in sorted(found):
+        path = getattr(sys.modules.get(name), "__file__", None)
+        if path is not None and Path(path).is_file():  # none in a notebook: there only the name and the weights count
+            digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def as_network(module: nn.Module, name: str, kind: Kind, pipeline: Pipeline) -> Network:
@@ -80,7 +137,8 @@ def as_network(module: nn.Module, name: str, kind: Kind, pipeline: Pipeline) -> 
             )
         return cut_chain(chain, unfreeze)
 
-    return Network(kind=kind, body=module, pipeline=pipeline, architecture=name, cut=cut)
+    architecture = f"{name} {_source(module, name)}"
+    return Network(kind=kind, body=module, pipeline=pipeline, architecture=architecture, cut=cut)
 
 
 def _chain(module: nn.Module) -> Chain | None:

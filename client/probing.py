@@ -76,17 +76,22 @@ def check_own_gradients(
             alone.append(torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs]))
         norms = torch.stack(alone).norm(dim=1)
         least = float(norms.min())
-        if not 0 < least < float("inf"):
+        most = float(norms.max())
+        if not 0 < least <= most < float("inf"):
             return  # nothing to compare: made-up records may have no gradient, or one that isn't finite
-        expected = sum((g * (least / 2 / n) for g, n in zip(alone, norms, strict=True)), torch.zeros_like(alone[0]))
-        found_sum = torch.cat([g.flatten() for g in clipped_sum(made, lengths, targets, least / 2)])
+        good = True
+        for norm in (least / 2, 2 * most):  # all are clipped, none is
+            expected = torch.stack(alone).mul(norms.reciprocal().mul(norm).clamp(max=1).unsqueeze(1)).sum(0)
+            found_sum = torch.cat([g.flatten() for g in clipped_sum(made, lengths, targets, norm)])
+            scale = RECORDS * min(norm, most)
+            good = good and float((found_sum - expected).norm()) <= TOLERANCE * scale
     finally:
         for dropout in dropouts:
             dropout.training = True
         with torch.no_grad():
             for p, value in zip(parameters, before, strict=True):
                 p.copy_(value)
-    if not float((found_sum - expected).norm()) <= TOLERANCE * RECORDS * least / 2:
+    if not good:
         raise ModelError(
             "model.head, model.unfreeze or task.kind brings code of your own in which a record's gradient is not its "
             "own: records must not be mixed, and weights must be used through their layer only. Change that code."

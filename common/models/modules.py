@@ -103,14 +103,11 @@ def _source(module: nn.Module, reference: str) -> str:
 
     Left out: PyTorch and its models, and fedhead itself, whose features have a version of their own.
     """
-    found = set()
-    for part in module.modules():
-        if type(part).__module__.partition(".")[0] not in ("torch", "torchvision", "transformers", "fedhead"):
-            found.add(type(part).__module__)
-    if not reference.startswith("module:fedhead."):
-        found.add(reference.split(":")[1])
+    names = {reference.split(":")[1], *(type(part).__module__ for part in module.modules())}
     digest = hashlib.sha256()
-    for name in sorted(found):
+    for name in sorted(names):
+        if name.partition(".")[0] in ("torch", "torchvision", "transformers", "fedhead"):
+            continue
         path = getattr(sys.modules.get(name), "__file__", None)
         if path is not None and Path(path).is_file():  # none in a notebook: there only the name and the weights count
             digest.update(hashlib.sha256(Path(path).read_bytes()).digest())

@@ -68,7 +68,7 @@ class GradientPath(ABC):
         del self.features, self.targets
 
     def records_at_once(self, chunk: int) -> int:
-        """How many of `chunk` records fit in memory; depends on shapes only, never on the data."""
+        """How many of `chunk` records fit in memory; depends on shapes only, never on values."""
         return chunk
 
     def read(self, samples: Sequence[Tensor]) -> Sequence[Any]:

@@ -128,10 +128,13 @@ class _Hooked(GradientPath):
         self.hooks = None
 
     def records_at_once(self, chunk: int) -> int:
-        """How many of `chunk` records fit in memory."""
+        """How many of `chunk` records fit in memory, each as long as the longest; changes memory, not the result."""
         size = self._held_a_record()
         if len(self.features):
-            size = max(size, self.features.batch(slice(0, 1))[0].numel())
+            values, lengths = self.features.batch(slice(0, 1))
+            offsets = getattr(self.features, "offsets", None)
+            longest = values.shape[1] if lengths is None or offsets is None else int(offsets.diff().max())
+            size = max(size, values[0, :1].numel() * longest)
         return max(1, min(chunk, _ELEMENTS // max(1, size)))
 
     @abstractmethod

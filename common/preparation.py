@@ -95,8 +95,8 @@ def import_readers(config: RunConfig) -> float:
 def read_split(config: RunConfig) -> Split:
     """Read the records of a simulation and spread them over its holders.
 
-    Test records are held out by a keyed hash of each record, never by its index; a held-out record stays with the
-    holder that it would have gone to.
+    Test records are held out by a keyed hash of each record, never by its index. Held-out records are spread over the
+    holders in the proportions that each label has at them.
     """
     data = config.data
     records = load_records(data.source, data.columns, config.task.labels, config.base)
@@ -118,7 +118,7 @@ def read_split(config: RunConfig) -> Split:
     train, test = records.select(train_rows), records.select(test_rows)
     check_classes(train, config.task.labels)
     # The training records alone are partitioned, so that every holder has some; the held-out ones follow the label
-    # mix of the holders that have their label, by a keyed choice.
+    # mix of the holders that have their label, at random.
     parts = partition(train, config.holders, config.run.seed)
     return Split(train, test, parts, spread_like(train.labels, parts, test.labels, config.run.seed))
 

@@ -127,7 +127,17 @@ class _InRounds(FedAvg):
         arrays, metrics = super().aggregate_train(server_round, good) if good else (None, None)
         record.seconds = time.perf_counter() - self._started
         self._stop_if_alone(record)
-        return None if arrays is None else protocol.as_float32(arrays), metrics
+        return None if arrays is None else self._finite(protocol.as_float32(arrays), server_round), metrics
+
+    def _finite(self, arrays: ArrayRecord, server_round: int) -> ArrayRecord:
+        try:
+            protocol.from_arrays(arrays, self.rounds.like)
+        except Refused as error:
+            raise RunError(
+                f"round {server_round} gave a head that isn't finite: the training diverged. "
+                "Lower training.optimizer.learning_rate or strategy.learning_rate."
+            ) from error
+        return arrays
 
     def _usable(self, replies: list[Message], record: RoundRecord) -> list[Message]:
         good: list[tuple[str, Message]] = []

@@ -11,6 +11,7 @@ import copy
 import importlib.util
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from flwr.app import Context, Message
@@ -18,6 +19,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedhead.common.errors import InputError
+from fedhead.simulations.logs import holders_log
 
 
 class ConfiguredClient:
@@ -30,8 +32,10 @@ class ConfiguredClient:
         """Handle a message as `fedhead.client.app.app` does."""
         from fedhead.client.app import app
 
-        # Flower refuses a context whose run config was changed: the app gets a context of its own, with the same state.
-        return app(message, _with(context, self.run_config))
+        # Ray sends a worker's stderr to the terminal, where a holder's log must not go.
+        with holders_log(Path(self.run_config["out"])):
+            # Flower refuses a context whose run config was changed: the app gets one of its own, with the same state.
+            return app(message, _with(context, self.run_config))
 
 
 class ConfiguredServer:
@@ -78,7 +82,7 @@ def run_on_ray(server: ServerApp, holders: int, run_config: Mapping[str, Any]) -
         warnings.simplefilter("ignore")
         run_simulation(
             server_app=cast(ServerApp, ConfiguredServer(server, run_config)),
-            client_app=cast(ClientApp, ConfiguredClient(run_config)),
+            client_app=cast(ClientApp, ConfiguredClient({**run_config, "out": str(Path(run_config["out"]).resolve())})),
             num_supernodes=holders,
             backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
         )

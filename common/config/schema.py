@@ -262,7 +262,12 @@ class ScheduleSettings(Table):
 
     kind: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape after the warm-up.")
     warmup: int = Field(0, ge=0, description="Rounds over which the rate rises from nothing.")
-    floor: float = Field(0.0, ge=0, le=1, description="Share of the rate left in the last round (linear, cosine).")
+    floor: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the rate that the fall ends at, one step after the last round (linear, cosine).",
+    )
 
 
 class TrainingSettings(Table):

@@ -20,6 +20,11 @@ LARGEST: Final = 1e18
 their norm times a factor."""
 
 
+UNSEEN: Final = 1e-20
+"""More than the norm of softmax gradients whose squares are lost below the least float32: a feature vector near
+`LARGEST` would carry such a gradient over a small clipping norm. Lost in rounding beside any norm above 1e-13."""
+
+
 def clip_factors(norms: Tensor, clipping_norm: float) -> Tensor:
     """What to scale each record's gradient by, so that its L2 norm is at most the clipping norm.
 
@@ -145,7 +150,7 @@ def linear_softmax_clipped_sum(
             logits.add_(bias)
     g = logits.softmax(1)
     g.scatter_add_(1, y.unsqueeze(1), g.new_full((1, 1), -1.0).expand(len(y), 1))
-    factors = clip_factors(torch.linalg.vector_norm(g, dim=1).mul_(reach), clipping_norm)
+    factors = clip_factors(torch.linalg.vector_norm(g, dim=1).add_(UNSEEN).mul_(reach), clipping_norm)
     # where the factor is 0 because g is NaN, the product is NaN as well: that row must be 0
     g.mul_(factors.unsqueeze(1)).nan_to_num_(nan=0.0)
     grad_bias = None if bias is None else g.sum(0)

@@ -207,3 +207,10 @@ def test_no_request_at_all_is_refused(text):
         protocol.read_request(message_with(text))
     with pytest.raises(Refused):
         protocol.read_request(message_with(json.dumps(GOOD), arrays=False))
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_run_that_diverges_says_so(tiny, tmp_path, every):
+    config = tiny({"strategy": {"kind": "fedadam", "learning_rate": 1e300}, "run.evaluate_every": every})
+    with pytest.raises(RunError, match=r"diverged. Lower training.optimizer.learning_rate"):
+        simulate(config, tmp_path / "run")

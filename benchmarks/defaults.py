@@ -38,7 +38,9 @@ from fedhead.common.tasks import make_task
 from fedhead.server import requests
 from fedhead.server.app import declared_records
 from fedhead.server.evaluation import outputs_of
-from fedhead.simulations.simulate import Prepared, cache_folder, federate, prepare, quiet
+from fedhead.simulations.federation import federate
+from fedhead.simulations.prepared import Prepared, prepare
+from fedhead.simulations.simulate import cache_folder, quiet
 
 NORMS = (0.1, 0.3, 1.0)
 ROUNDS = (40, 60, 100)

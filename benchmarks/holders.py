@@ -38,7 +38,9 @@ from fedhead.common.preparation import Labelled, Split, make_trainable
 from fedhead.common.privacy.noise import simulation_streams
 from fedhead.common.tasks import make_task
 from fedhead.server.cohorts import Cohorts
-from fedhead.simulations.simulate import Prepared, federate, quiet, threads
+from fedhead.simulations.federation import federate
+from fedhead.simulations.prepared import Prepared
+from fedhead.simulations.simulate import quiet, threads
 
 RECORDS, FEATURES, LABELS, ASKED = 40_000, 512, 10, 100
 GOAL_MS = 1.0

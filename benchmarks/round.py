@@ -35,7 +35,9 @@ from fedhead.common.models.backbones import load_backbone
 from fedhead.common.preparation import Labelled, Split, make_trainable
 from fedhead.common.privacy.noise import simulation_streams
 from fedhead.common.tasks import make_task
-from fedhead.simulations.simulate import Prepared, federate, quiet, threads
+from fedhead.simulations.federation import federate
+from fedhead.simulations.prepared import Prepared
+from fedhead.simulations.simulate import quiet, threads
 
 HOLDERS, RECORDS, FEATURES, LABELS, RATE, STEPS = 20, 500, 512, 10, 0.064, 16
 GOAL_MS, QUIET_US = 60.0, 235.0

@@ -191,7 +191,8 @@ class Coordinator:
 
     def _result(self, rounds: Rounds, plan: Plan, final: dict[str, float], seconds: float) -> Result:
         holder_seconds = sum(record.seconds for record in rounds.history)
-        seconds += sum(record.seconds for record in rounds.history if record.round <= rounds.done)  # of an earlier start
+        # Rounds of an earlier start are in the history, but not in the seconds of this one.
+        seconds += sum(record.seconds for record in rounds.history if record.round <= rounds.done)
         epsilons, privacy = account(rounds.history, self.config, set(self.metrics))
         return Result(
             fedhead=__version__,

@@ -13,6 +13,8 @@ from fedhead.common.privacy.accounting import Spent, epsilon
 from fedhead.common.privacy.events import Event, from_json
 from fedhead.server.rounds import RoundRecord
 
+ALL_ROUNDS = 1000  # longest run whose every round gets a figure, because each composes all rounds before it
+
 
 def account(
     history: Sequence[RoundRecord], config: RunConfig, shown: Collection[int]
@@ -26,7 +28,8 @@ def account(
     history : sequence of RoundRecord
     config : RunConfig
     shown : collection of int
-        Rounds after which epsilon is wanted; for Poisson sampling one figure takes up to a second.
+        Rounds after which epsilon is wanted. A short full-batch run gives it after every round; for Poisson sampling
+        one figure takes up to a second.
 
     Returns
     -------
@@ -35,8 +38,10 @@ def account(
     list of dict
         One entry a holder, as in result.json.
     """
-    delta, cheap = config.privacy.delta, config.privacy.mechanism != "poisson"
-    histories: list[tuple[Event, ...]] = [()]  # distinct histories; a holder's is known by its index
+    delta = config.privacy.delta
+    every = config.privacy.mechanism != "poisson" and len(history) <= ALL_ROUNDS
+    # Distinct histories, each as its last event and the one before it; a holder's is known by its index.
+    histories: list[tuple[int, Event | None]] = [(0, None)]
     following: dict[tuple[int, str], int] = {}
     spent: dict[int, Spent] = {}
     at: dict[str, int] = {}
@@ -47,14 +52,14 @@ def account(
             step = (at.get(holder, 0), text)
             if step not in following:
                 following[step] = len(histories)
-                histories.append((*histories[step[0]], from_json(text)))
+                histories.append((step[0], from_json(text)))
             at[holder] = following[step]
             rounds.setdefault(holder, []).append(record.round)
-        if not cheap and record.round not in shown and record is not history[-1]:
+        if not every and record.round not in shown and record is not history[-1]:
             path.append(None)
             continue
         for index in set(at.values()) - spent.keys():
-            spent[index] = epsilon(histories[index], delta)
+            spent[index] = epsilon(_events(histories, index), delta)
         path.append(max((spent[index].epsilon for index in at.values()), default=0.0))
     entries = [
         {
@@ -65,8 +70,20 @@ def account(
             "accountant": spent[index].accountant,
             "epsilon": spent[index].epsilon,
             "delta": delta,
-            "events": [event.to_row(number) for event, number in zip(histories[index], rounds[holder], strict=True)],
+            "events": [
+                event.to_row(number) for event, number in zip(_events(histories, index), rounds[holder], strict=True)
+            ],
         }
         for holder, index in sorted(at.items())
     ]
     return path, entries
+
+
+def _events(histories: Sequence[tuple[int, Event | None]], index: int) -> list[Event]:
+    """The events of a history, in order."""
+    found: list[Event] = []
+    while index:
+        index, event = histories[index]
+        assert event is not None
+        found.append(event)
+    return found[::-1]

@@ -1,59 +1,27 @@
-"""A whole federated run on this machine: prepare once, run the apps, compare, write the result folder."""
+"""The door to a simulation: a recipe in, a result folder out, once or from several seeds."""
 
 from __future__ import annotations
 
 import json
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from fedhead.client import app as client_app
-from fedhead.client import workplace
 from fedhead.common import progress
-from fedhead.common.config import RunConfig, changed, find_recipe, to_json
-from fedhead.common.config.schema import SGD
-from fedhead.common.errors import DataError, InputError
-from fedhead.common.models.backbones import Backbone
-from fedhead.common.preparation import (
-    Labelled,
-    Split,
-    default_cache,
-    featurize,
-    import_readers,
-    load_backbone_for,
-    make_trainable,
-    read_split,
-)
+from fedhead.common.config import RunConfig, changed, find_recipe
+from fedhead.common.errors import InputError
+from fedhead.common.preparation import default_cache
 from fedhead.common.results import Result, write_aside
-from fedhead.common.tasks import make_task
-from fedhead.server import app as server_app
-from fedhead.server.evaluation import load_state, outputs_of
-from fedhead.simulations.engine import run_in_process
 from fedhead.simulations.faults import plainly
+from fedhead.simulations.federation import Engine, run
 from fedhead.simulations.folders import SEEDS, claimed
-from fedhead.simulations.logs import FILE as HOLDERS_LOG
 from fedhead.simulations.logs import holders_log
-
-Engine = Literal["inprocess", "ray"]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything of a simulation that doesn't change from run to run: records, features, backbone."""
-
-    config: RunConfig
-    split: Split
-    backbone: Backbone
-    train: Labelled
-    test: Labelled
-    timing: Mapping[str, float]
+from fedhead.simulations.prepared import prepare
 
 
 def simulate(
@@ -164,157 +132,6 @@ def _over_seeds(results: list[Result]) -> dict[str, Any]:
     return {"seeds": [result.config["run"]["seed"] for result in results], "metrics": metrics}
 
 
-def prepare(config: RunConfig, cache: Path | None) -> Prepared:
-    """Read records, load the backbone, compute or open features."""
-    import_seconds = import_readers(config)
-    started = time.perf_counter()
-    split = read_split(config)
-    backbone, load_seconds = load_backbone_for(config, split.train)
-    train = featurize(config, backbone, split.train, cache, "training features")
-    test = featurize(config, backbone, split.test, cache, "test features")
-    check_usable(train, "training", config)
-    check_usable(test, "test", config)
-    features_seconds = time.perf_counter() - started - load_seconds
-    timing = {"load_seconds": import_seconds + load_seconds, "features_seconds": features_seconds}
-    return Prepared(config, split, backbone, train, test, timing)
-
-
-def check_usable(records: Labelled, which: str, config: RunConfig) -> None:
-    """Refuse records of which none has finite features: nothing could be learned from them, or said about the head.
-
-    Raises
-    ------
-    DataError
-    """
-    if not bool(records.features.finite().any()):
-        raise DataError(
-            f'model.backbone is "{config.model.backbone}": none of the {len(records)} {which} records has finite '
-            "features. Check the records for missing values, and the backbone's weights."
-        )
-
-
-def run(
-    prepared: Prepared, folder: Path, name: str, engine: Engine, cache: Path | None, resume: bool = False
-) -> Result:
-    """One run from prepared features, its comparison without privacy, and the result folder."""
-    started = time.perf_counter()
-    config = prepared.config
-    result = federate(prepared, config, folder, engine, cache, resume)
-    finished = time.perf_counter()
-    baseline = result.final if config.privacy.mechanism == "none" else None
-    if config.run.baseline and baseline is None:
-        with progress.listening(_renamed("without privacy")):
-            baseline = federate(prepared, without_privacy(config), folder / "baseline", "inprocess", cache).final
-    total = prepared.timing["features_seconds"] + finished - started
-    result = replace(
-        result,
-        name=name,
-        baseline=baseline,
-        holders=holders_of(prepared, folder),
-        timing={**result.timing, "total_seconds": total},
-        notes=notes_of(prepared, result),
-    )
-    result = result.write(folder)
-    from fedhead.simulations.report import write_report
-
-    write_report(folder)
-    return result
-
-
-def federate(
-    prepared: Prepared, config: RunConfig, folder: Path, engine: Engine, cache: Path | None, resume: bool = False
-) -> Result:
-    """Run both apps to the end; the server leaves its result in the folder."""
-    key = to_json(config)
-    task = make_task(config.task)
-    declared = server_app.declared_records(config, len(prepared.train))
-    trainable = make_trainable(config, prepared.backbone, task)
-    desk = server_app.Desk(config, prepared.backbone, task, trainable, prepared.test, declared, dict(prepared.timing))
-    run_config = {"recipe": key, "out": str(folder), "cache": str(cache or ""), "resume": resume}
-    server_app.offer(key, desk)
-    try:
-        if engine == "ray":
-            from fedhead.simulations.ray_engine import run_on_ray
-
-            run_on_ray(server_app.app, config.holders.count, run_config)
-        else:
-            mine = workplace.arrange(
-                config,
-                prepared.backbone.digest,
-                make_trainable(config, prepared.backbone, task),
-                prepared.train,
-                prepared.split.holders,
-            )
-            workplace.offer(key, mine)
-            run_in_process(server_app.app, client_app.app, config.holders.count, run_config)
-    finally:
-        server_app.withdraw(key)
-        workplace.withdraw(key)
-    return Result.read(folder)
-
-
-def without_privacy(config: RunConfig) -> RunConfig:
-    """The same recipe without clipping and noise; a learning rate that was set for a clipping norm is scaled back."""
-    changes: dict[str, Any] = {
-        "privacy.mechanism": "none",
-        "privacy.epsilon": None,
-        "privacy.noise_multiplier": None,
-        "privacy.sample_rate": None,
-    }
-    given = config.training.optimizer.learning_rate
-    if isinstance(config.training.optimizer, SGD) and given is not None:
-        changes["training.optimizer.learning_rate"] = given * config.privacy.clipping_norm
-    return changed(config, changes)
-
-
-def holders_of(prepared: Prepared, folder: Path) -> list[dict[str, Any]]:
-    """What the simulator, and nobody in a deployment, knows of each holder: records, labels, accuracy."""
-    from safetensors.torch import load_file
-
-    config, split = prepared.config, prepared.split
-    task = make_task(config.task)
-    trainable = make_trainable(config, prepared.backbone, task)
-    load_state(trainable, load_file(folder / "model" / "head.safetensors"))
-    held_out = bool(split.holder_tests)
-    source, rows = (prepared.test, split.holder_tests) if held_out else (prepared.train, split.holders)
-    outputs, usable = outputs_of(trainable, source), source.features.finite().numpy()
-    found = []
-    for number, (part, test) in enumerate(zip(split.holders, rows, strict=True)):
-        counts = np.bincount(split.train.labels[part], minlength=len(config.task.labels))
-        mine = torch.from_numpy(test[usable[test]])
-        found.append(
-            {
-                "name": workplace.holder_name(number),
-                "records": len(part),
-                "labels": dict(zip(config.task.labels, counts.tolist(), strict=True)),
-                "metrics": task.metrics(outputs[mine], source.targets[mine]) if len(mine) else {},
-                "metrics_on": "held-out records" if held_out else "its own training records",
-            }
-        )
-    return found
-
-
-def notes_of(prepared: Prepared, result: Result) -> list[str]:
-    """What a reader of the result should know."""
-    notes = []
-    if result.declared_records["origin"] != "recipe":
-        notes.append(
-            f"data.declared_records was not given: {result.declared_records['value']} was taken from the size of the "
-            "simulated data. A deployment needs a public constant, because the true count is a release."
-        )
-    if prepared.config.privacy.mechanism == "none":
-        notes.append("This run had no privacy: nothing was clipped, no noise was added, epsilon is infinite.")
-    else:
-        notes.append("Noise came from the seed, as in every simulation. Deployed holders draw it on their own machine.")
-    corrupt = int((~prepared.train.features.finite()).sum())
-    if corrupt:
-        notes.append(f"{corrupt} training records could not be read or gave no finite features; they count as zero.")
-    missing = sum(len(row["refused"]) for row in result.rounds)
-    if missing:
-        notes.append(f"{missing} updates are missing: a holder failed in that round, see {HOLDERS_LOG} in the folder.")
-    return notes
-
-
 def cache_folder(state: str | Path | None) -> Path:
     """Where features are kept: in the state folder, or in the user's cache folder."""
     return Path(state) / "features" if state is not None else default_cache()
@@ -344,11 +161,3 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
-
-
-def _renamed(stage: str) -> progress.Listener | None:
-    listener = progress.current()
-    if listener is None:
-        return None
-    inner: Callable[[str, int, int, str], None] = listener
-    return lambda _, done, total, note: inner(stage, done, total, note)

@@ -77,7 +77,7 @@ def _check_apart(module: nn.Module, pipeline: Pipeline, shown: str) -> None:
             together, alone = _run(module, both), _run(module, {name: value[:1] for name, value in both.items()})
     except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError, IndexError):
         return  # what can't be run at all is told by `assemble`, with what to do
-    if len(together) == 2 and not torch.allclose(together[:1], alone, atol=TOLERANCE, rtol=TOLERANCE):
+    if len(together) == 2 and not torch.allclose(together[:1], alone, atol=TOLERANCE, rtol=TOLERANCE, equal_nan=True):
         raise ModelError(
             f"{shown}: a record's features must be the same alone and in a batch. Take out what mixes records, such as "
             "a BatchNorm without running statistics or a mean over the batch."

@@ -13,7 +13,7 @@ from fedhead.common import protocol
 from fedhead.common.errors import Refused, RunError
 from fedhead.common.privacy.accounting import epsilon
 from fedhead.common.privacy.events import GaussianEvent, from_json
-from fedhead.simulations import simulate as simulate_module
+from fedhead.simulations import federation
 from fedhead.simulations.simulate import simulate
 
 BAD = "holder-00001"
@@ -29,7 +29,7 @@ def with_replies(monkeypatch, change, bad=(BAD,)):
             return reply
         return change(message, reply) if protocol.read_release(reply)[0] in bad else reply
 
-    monkeypatch.setattr(simulate_module, "client_app", SimpleNamespace(app=app))
+    monkeypatch.setattr(federation, "client_app", SimpleNamespace(app=app))
 
 
 def nan(_, reply):

@@ -186,12 +186,12 @@ def test_details_only_when_asked_for(fedhead, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_leaves_nothing_and_says_one_line(here, number, status):
-    process = start("simulate", "r.toml", "--out", "o", "--set", "training.rounds=100000", cwd=here)
-    until = time.monotonic() + 120
-    while not (here / "cache").exists():  # it is past the imports, and at work
-        assert time.monotonic() < until
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+    # No evaluation, so no checkpoint that would be kept.
+    process = start(
+        "simulate", "r.toml", "--out", "o", "--set", "training.rounds=100000", "--set", "run.evaluate_every=100000",
+        cwd=here,
+    )  # fmt: skip
+    wait_for(here / "cache", process)  # it is past the imports, and at work
     time.sleep(1)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -200,6 +200,26 @@ def test_a_stopped_run_leaves_nothing_and_says_one_line(here, number, status):
     assert "Traceback" not in err
     assert err.count("\n") <= 1
     assert not (here / "o").exists()
+
+
+def wait_for(path, process):
+    until = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < until
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_keeps_its_checkpoint_and_says_how_to_go_on(here):
+    process = start("simulate", "r.toml", "--out", "o", "--set", "training.rounds=100000", cwd=here)
+    wait_for(here / "o" / "checkpoints" / "latest.safetensors", process)
+    process.send_signal(2)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert [path.name for path in (here / "o").iterdir()] == ["checkpoints"]
+    assert "--out o --resume" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.slow

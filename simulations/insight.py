@@ -1,0 +1,64 @@
+"""What the simulator, and nobody in a deployment, knows of a run: each holder's records, labels and accuracy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from fedhead.client import workplace
+from fedhead.common.preparation import make_trainable
+from fedhead.common.results import Result
+from fedhead.common.tasks import make_task
+from fedhead.server.evaluation import load_state, outputs_of
+from fedhead.simulations.logs import FILE as HOLDERS_LOG
+from fedhead.simulations.prepared import Prepared
+
+
+def holders_of(prepared: Prepared, folder: Path) -> list[dict[str, Any]]:
+    """What the simulator, and nobody in a deployment, knows of each holder: records, labels, accuracy."""
+    config, split = prepared.config, prepared.split
+    task = make_task(config.task)
+    trainable = make_trainable(config, prepared.backbone, task)
+    load_state(trainable, load_file(folder / "model" / "head.safetensors"))
+    held_out = bool(split.holder_tests)
+    source, rows = (prepared.test, split.holder_tests) if held_out else (prepared.train, split.holders)
+    outputs, usable = outputs_of(trainable, source), source.features.finite().numpy()
+    found = []
+    for number, (part, test) in enumerate(zip(split.holders, rows, strict=True)):
+        counts = np.bincount(split.train.labels[part], minlength=len(config.task.labels))
+        mine = torch.from_numpy(test[usable[test]])
+        found.append(
+            {
+                "name": workplace.holder_name(number),
+                "records": len(part),
+                "labels": dict(zip(config.task.labels, counts.tolist(), strict=True)),
+                "metrics": task.metrics(outputs[mine], source.targets[mine]) if len(mine) else {},
+                "metrics_on": "held-out records" if held_out else "its own training records",
+            }
+        )
+    return found
+
+
+def notes_of(prepared: Prepared, result: Result) -> list[str]:
+    """What a reader of the result should know."""
+    notes = []
+    if result.declared_records["origin"] != "recipe":
+        notes.append(
+            f"data.declared_records was not given: {result.declared_records['value']} was taken from the size of the "
+            "simulated data. A deployment needs a public constant, because the true count is a release."
+        )
+    if prepared.config.privacy.mechanism == "none":
+        notes.append("This run had no privacy: nothing was clipped, no noise was added, epsilon is infinite.")
+    else:
+        notes.append("Noise came from the seed, as in every simulation. Deployed holders draw it on their own machine.")
+    corrupt = int((~prepared.train.features.finite()).sum())
+    if corrupt:
+        notes.append(f"{corrupt} training records could not be read or gave no finite features; they count as zero.")
+    missing = sum(len(row["refused"]) for row in result.rounds)
+    if missing:
+        notes.append(f"{missing} updates are missing: a holder failed in that round, see {HOLDERS_LOG} in the folder.")
+    return notes

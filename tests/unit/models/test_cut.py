@@ -12,8 +12,10 @@ from opacus import GradSampleModule
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
-from fedhead.common.config.schema import LinearHead, ModelSettings
+from fedhead.client.paths import make_path
+from fedhead.common.config.schema import LinearHead, ModelSettings, TaskSettings
 from fedhead.common.errors import ModelError
+from fedhead.common.features import FeatureSet
 from fedhead.common.models import encoders, modules, vision
 from fedhead.common.models.backbones import Backbone, assemble
 from fedhead.common.models.cut import LeafAttention
@@ -22,6 +24,7 @@ from fedhead.common.models.images import ImagePipeline, VectorPipeline
 from fedhead.common.models.network import Network
 from fedhead.common.models.pipelines import TextPipeline
 from fedhead.common.models.trainable import Trainable, unsupported_leaves
+from fedhead.common.tasks import make_task
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "the", "was", "very"]
 TINY = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
@@ -212,6 +215,43 @@ def test_gradients_of_one_record_equal_those_of_a_batch_of_one(name, unfreeze):
     assert expected  # every trained parameter is used: autograd.grad would have failed on another
     for key, parameter in hooked._module.trained().items():
         torch.testing.assert_close(parameter.grad_sample, torch.stack(expected[key]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("unfreeze", [0, 1, 2])
+def test_the_clipped_sum_equals_micro_batches_of_one_record(name, unfreeze):
+    """Our own path (closed form at k = 0, ghost behind a cut) against plain autograd, record by record."""
+    backbone = make(name, unfreeze)
+    values, lengths = backbone.forward(backbone.collate(inputs(backbone)))
+    head = nn.Linear(backbone.dim, 3)
+    trainable = Trainable(backbone.tail, True, head)
+    task = make_task(TaskSettings(labels=["a", "b", "c"]))
+    targets = torch.tensor([0, 1, 2, 1])
+    parameters = list(trainable.trained().values())
+
+    gradients = []
+    for i in range(4):
+        one = trainable(values[i : i + 1], None if lengths is None else lengths[i : i + 1])
+        loss = task.losses(one, targets[i : i + 1]).sum()
+        gradients.append([gradient.clone() for gradient in torch.autograd.grad(loss, parameters)])
+    norms = torch.stack([torch.cat([part.flatten() for part in one]).norm() for one in gradients])
+    clipping_norm = float(norms.median())  # some records are clipped, some are not
+    factors = (clipping_norm / norms).clamp(max=1)
+    expected = [sum(f * one[k] for f, one in zip(factors, gradients, strict=True)) for k in range(len(parameters))]
+
+    path = make_path(trainable, task)
+    assert type(path).__name__ == ("ClosedForm" if unfreeze == 0 else "Ghost")
+    if lengths is None:
+        features = FeatureSet(values, None)
+    else:
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        features = FeatureSet(torch.cat([row[:n] for row, n in zip(values, lengths, strict=True)]), offsets)
+    path.begin(features, targets, clipping_norm)
+    for chunk in (slice(0, 3), slice(3, 4)):
+        path.add_rows(chunk)
+    path.end()
+    for parameter, total in zip(path.parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.summed_grad, total, atol=2e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -67,14 +67,7 @@ def simulate(
     """
     config = recipe if isinstance(recipe, RunConfig) else find_recipe(recipe)
     name = name or ("run" if isinstance(recipe, RunConfig) else Path(str(recipe)).stem)
-    with (
-        claimed(None if out is None else Path(out), name) as folder,
-        holders_log(folder) as log,
-        progress.listening(progress_listener),
-        threads(config.run.exact),
-        quiet(),
-        plainly(config, log),
-    ):
+    with at_work(config, out, name, progress_listener) as folder:
         prepared = prepare(config, cache_folder(state))
         return run(prepared, folder, name, engine, cache_folder(state), resume)
 
@@ -101,14 +94,7 @@ def simulate_seeds(
     if seeds < 1:
         raise InputError(f"seeds is {seeds}: it must be at least 1. Give a positive whole number such as 5.")
     results = []
-    with (
-        claimed(None if out is None else Path(out), name) as folder,
-        holders_log(folder) as log,
-        progress.listening(progress_listener),
-        threads(config.run.exact),
-        quiet(),
-        plainly(config, log),
-    ):
+    with at_work(config, out, name, progress_listener) as folder:
         for seed in range(config.run.seed, config.run.seed + seeds):
             one = changed(config, {"run.seed": seed})
             prepared = prepare(one, cache_folder(state))
@@ -130,6 +116,20 @@ def _over_seeds(results: list[Result]) -> dict[str, Any]:
         for values in [[result.final[key] for result in results]]
     }
     return {"seeds": [result.config["run"]["seed"] for result in results], "metrics": metrics}
+
+
+@contextmanager
+def at_work(config: RunConfig, out: str | Path | None, name: str, listener: progress.Listener | None) -> Iterator[Path]:
+    """Everything around a run: its folder claimed, the holders' log open, progress told, failures in plain words."""
+    with (
+        claimed(None if out is None else Path(out), name) as folder,
+        holders_log(folder) as log,
+        progress.listening(listener),
+        threads(config.run.exact),
+        quiet(),
+        plainly(config, log),
+    ):
+        yield folder
 
 
 def cache_folder(state: str | Path | None) -> Path:

@@ -29,7 +29,9 @@ app = typer.Typer(
 
 OutOption = Annotated[Path | None, typer.Option("--out", help="Folder of the results. Default: a new one under runs/.")]
 StateOption = Annotated[Path | None, typer.Option("--state", help="Folder that keeps the holders between runs.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; KEY= takes it out.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

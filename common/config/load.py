@@ -17,6 +17,8 @@ from fedhead.common.config.faults import fault, faults_of
 from fedhead.common.config.schema import RunConfig
 from fedhead.common.errors import ConfigError
 
+_NOTHING = object()  # what `--set key=` stands for: the setting is taken out, so that it has its default
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe.
@@ -26,7 +28,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path : path
         A TOML file; relative paths inside it start from its folder.
     overrides : sequence of str
-        `a.b=value`, applied in order; the value is read as TOML, or as text where it is none.
+        `a.b=value`, applied in order; the value is read as TOML, or as text where it is none. `a.b=` takes the setting
+        out of the recipe.
 
     Raises
     ------
@@ -128,7 +131,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    _assign(raw, key.strip().split("."), value, key)
+    _assign(raw, key.strip().split("."), value if text.strip() else _NOTHING, key)
 
 
 def _assign(raw: dict[str, Any], keys: list[str], value: Any, name: str) -> None:
@@ -138,7 +141,10 @@ def _assign(raw: dict[str, Any], keys: list[str], value: Any, name: str) -> None
         if not isinstance(following, dict):
             raise ConfigError([fault(name, value, f'"{key}" is no table of the recipe', "Check the setting's name.")])
         here = following
-    here[keys[-1]] = value
+    if value is _NOTHING:
+        here.pop(keys[-1], None)
+    else:
+        here[keys[-1]] = value
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> dict[str, list[str]]:

@@ -18,8 +18,8 @@ _HEADER = """# Recipes: every setting
 This page is generated from the schema by `just docs`; a test holds it to the code.
 
 A recipe is a TOML file. `[task]`, `[model]`, `[data]` and `privacy.epsilon` alone make a sensible run. Paths are
-relative to the recipe's folder. `--set privacy.epsilon=1` overrides a setting from the command line. Unknown keys,
-wrong types and impossible combinations are all reported at once.
+relative to the recipe's folder. `--set privacy.epsilon=1` overrides a setting from the command line, and
+`--set privacy.epsilon=` takes it out. Unknown keys, wrong types and impossible combinations are all reported at once.
 """
 
 

@@ -151,6 +151,12 @@ def test_overrides_are_read_as_toml_or_as_text(tmp_path: Path):
     assert config.base == tmp_path.resolve()
 
 
+def test_an_empty_override_takes_the_setting_out():
+    config = find_recipe("quickstart", ["privacy.epsilon=", "privacy.mechanism=none", "data.declared_records="])
+    assert config.privacy.epsilon is None
+    assert config.data.declared_records is None
+
+
 @pytest.mark.parametrize("override", ["privacy.epsilon", "=3", "task.labels.x=1"])
 def test_bad_overrides_are_one_line(tmp_path: Path, override: str):
     path = tmp_path / "r.toml"

@@ -103,12 +103,13 @@ class GradientPath(ABC):
 
 
 class Rows(NamedTuple):
-    """B records for the closed form: features (B, D), targets (B,), and what `feature_reach` says of them."""
+    """B records for the closed form: features (B, D), targets (B,), what `feature_reach` says, one-hot rows (B, K)."""
 
     x: Tensor
     y: Tensor
     reach: Tensor
     scale: Tensor | None
+    hot: Tensor | None = None
 
 
 def _is_cross_entropy(task: Task) -> bool:
@@ -171,8 +172,9 @@ class ClosedForm(GradientPath):
         sizes = [len(sample) for sample in samples]
         rows = self._rows(torch.cat(list(samples)))
         x = rows.x if rows.scale is None else rows.x.mul_(rows.scale[:, None])
-        parts = zip(*(torch.split(values, sizes) for values in (x, rows.y, rows.reach)), strict=True)
-        return [Rows(x_part, y_part, reach, None) for x_part, y_part, reach in parts]
+        hot = x.new_zeros(len(rows.y), self.head.weight.shape[0]).scatter_(1, rows.y.unsqueeze(1), 1.0)
+        parts = zip(*(torch.split(values, sizes) for values in (x, rows.y, rows.reach, hot)), strict=True)
+        return [Rows(x_part, y_part, reach, None, hot_part) for x_part, y_part, reach, hot_part in parts]
 
     @torch.no_grad()
     def add_rows(self, index: Index | Rows) -> None:
@@ -194,8 +196,8 @@ class ClosedForm(GradientPath):
         reach, scale = feature_reach(values, bias=self.head.bias is not None, normalize=self.trainable.normalize)
         self._add(values.masked_fill(~reach.isfinite()[:, None], 0.0), targets, reach, scale)
 
-    def _add(self, x: Tensor, y: Tensor, reach: Tensor, scale: Tensor | None) -> None:
+    def _add(self, x: Tensor, y: Tensor, reach: Tensor, scale: Tensor | None, hot: Tensor | None = None) -> None:
         weight, bias = linear_softmax_clipped_sum(
-            x, y, self.head.weight, self.head.bias, self.clipping_norm, reach=reach, scale=scale
+            x, y, self.head.weight, self.head.bias, self.clipping_norm, reach=reach, scale=scale, hot=hot
         )
         self._accumulate([weight] if bias is None else [weight, bias])

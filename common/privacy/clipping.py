@@ -108,6 +108,7 @@ def linear_softmax_clipped_sum(
     *,
     reach: Tensor | None = None,
     scale: Tensor | None = None,
+    hot: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Sum of the clipped gradients of the records, for cross-entropy on a linear layer, without a gradient a record.
 
@@ -123,6 +124,8 @@ def linear_softmax_clipped_sum(
         Bound on each record's part of the sum: L2 norm over weight and bias together.
     reach, scale : Tensor, shape (B,), optional
         From `feature_reach`, when it was computed before; with `scale` the layer sees ``x * scale[:, None]``.
+    hot : Tensor, shape (B, K), optional
+        Labels as one-hot rows, when they were computed before; `y` is then not read.
 
     Returns
     -------
@@ -149,7 +152,10 @@ def linear_softmax_clipped_sum(
         if bias is not None:
             logits.add_(bias)
     g = logits.softmax(1)
-    g.scatter_add_(1, y.unsqueeze(1), g.new_full((1, 1), -1.0).expand(len(y), 1))
+    if hot is None:
+        g.scatter_add_(1, y.unsqueeze(1), g.new_full((1, 1), -1.0).expand(len(y), 1))
+    else:
+        g.sub_(hot)
     factors = clip_factors(torch.linalg.vector_norm(g, dim=1).add_(UNSEEN).mul_(reach), clipping_norm)
     # where the factor is 0 because g is NaN, the product is NaN as well: that row must be 0
     g.mul_(factors.unsqueeze(1)).nan_to_num_(nan=0.0)

@@ -73,6 +73,10 @@ class PrivateOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]  
             return
         # torch's own function behind SGD.step, without the profiling around it: a fifteenth of a private step
         group = self.original_optimizer.param_groups[0]
+        if not group["momentum"] and not group["weight_decay"]:
+            for p in self._params:
+                p.add_(p.grad, alpha=-group["lr"])
+            return
         sgd(
             self._params,
             [p.grad for p in self._params],

@@ -222,7 +222,7 @@ def summed(trainable, path, data, c=0.7):
 class PerBatch(ClosedForm):
     """Twin: clips the batch's gradient once."""
 
-    def _add(self, x, y, reach, scale):
+    def _add(self, x, y, reach, scale, hot=None):
         head = self.head
         with torch.enable_grad():
             gradients = torch.autograd.grad(
@@ -235,9 +235,9 @@ class PerBatch(ClosedForm):
 class TooMuch(ClosedForm):
     """Twin: clips at 1.5 C."""
 
-    def _add(self, x, y, reach, scale):
+    def _add(self, x, y, reach, scale, hot=None):
         self.clipping_norm *= 1.5
-        super()._add(x, y, reach, scale)
+        super()._add(x, y, reach, scale, hot)
         self.clipping_norm /= 1.5
 
 

@@ -46,7 +46,7 @@ def test_examples_are_found():
 
 @pytest.mark.parametrize(("page", "body"), blocks("python"))
 def test_python_parses(page: str, body: str):
-    ast.parse(body)
+    assert ast.parse(body).body
 
 
 @pytest.mark.parametrize(("page", "body"), blocks("toml"))
@@ -58,7 +58,8 @@ def test_toml_is_a_recipe_or_a_part_of_one(page: str, body: str):
         "data": {"source": "csv:a.csv"},
         "privacy": {"epsilon": 1.0},
     }
-    make_config(given if given.keys() >= WHOLE else {**rest, **given})
+    config = make_config(given if given.keys() >= WHOLE else {**rest, **given})
+    assert given.keys() <= config.model_fields_set
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

@@ -67,7 +67,7 @@ def prepared_for(config: RunConfig, file: Path) -> Prepared:
     head = Records.from_memory("vector", np.zeros((10, FEATURES)), np.arange(10))
     test = Labelled(FeatureSet(values[:1000]), targets[:1000])
     rows = np.random.default_rng(0).permutation(RECORDS)
-    split = Split(head, head, np.split(rows, config.holders.count), [])
+    split = Split(head.select(rows % len(head)), head, np.split(rows, config.holders.count), [])
     backbone = load_backbone(config.model, Path.cwd(), vector_size=FEATURES)
     return Prepared(config, split, backbone, Labelled(FeatureSet(values), targets), test, {})
 
@@ -97,7 +97,7 @@ def overhead(prepared: Prepared) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as folder, progress.listening(after), threads(True), quiet():
         start = time.process_time()
-        federate(prepared, config, Path(folder), "inprocess", None)
+        federate(prepared, config, Path(folder), "inprocess", None, ledger=Path(folder) / "ledgers.sqlite")
         total = (time.process_time() - start) * 1e3
     # Every holder is asked once in ten rounds; what a trainer keeps of each is made then, on both sides. The last
     # round evaluates.
@@ -123,7 +123,9 @@ def grown(holders: int, file: Path) -> dict[str, float]:
     """How far resident memory grows over a short run, in MB."""
     with tempfile.TemporaryDirectory() as folder, threads(True), quiet():
         config = recipe(holders, 12)
-        federate(prepared_for_nothing(file), recipe(2, 2), Path(folder) / "warm", "inprocess", None)
+        ledgers = [Path(folder) / f"{name}.sqlite" for name in ("warm", "run")]
+        few = prepared_for_nothing(file)
+        federate(few, recipe(2, 2), Path(folder) / "warm", "inprocess", None, ledger=ledgers[0])
         before, after = resident(), {}
 
         def look(stage: str, done: int, total: int, note: str) -> None:
@@ -131,7 +133,7 @@ def grown(holders: int, file: Path) -> dict[str, float]:
 
         prepared = prepared_for(config, file)
         with progress.listening(look):
-            federate(prepared, config, Path(folder) / "run", "inprocess", None)
+            federate(prepared, config, Path(folder) / "run", "inprocess", None, ledger=ledgers[1])
     return {name: after[name] - before[name] for name in after}
 
 

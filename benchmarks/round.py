@@ -64,7 +64,8 @@ def prepared_for(config: RunConfig) -> Prepared:
     values, targets = torch.randn(total, FEATURES), torch.randint(LABELS, (total,))
     train, test = Labelled(FeatureSet(values), targets), Labelled(FeatureSet(values[:1000]), targets[:1000])
     records = Records.from_memory("vector", values[:1000].numpy(), targets[:1000].numpy())
-    split = Split(records, records, np.split(np.arange(total), HOLDERS), [])
+    everyone = records.select(np.arange(total) % len(records))
+    split = Split(everyone, records, np.split(np.arange(total), HOLDERS), [])
     backbone = load_backbone(config.model, Path.cwd(), vector_size=FEATURES)
     return Prepared(config, split, backbone, train, test, {})
 
@@ -115,7 +116,7 @@ def measure(rounds: int) -> dict[str, float]:
         since = time.process_time()
 
     with tempfile.TemporaryDirectory() as folder, progress.listening(after), threads(True), quiet():
-        federate(prepared, config, Path(folder), "inprocess", None)
+        federate(prepared, config, Path(folder), "inprocess", None, ledger=Path(folder) / "ledgers.sqlite")
     # the first rounds warm caches up, the last one evaluates
     found = {name: statistics.median(values[2:-1]) for name, values in taken.items()}
     found["fastest_round_ms"] = min(taken["round_ms"])

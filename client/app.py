@@ -1,4 +1,4 @@
-"""The data holder's side of a run, as Flower starts it: check the request, train privately, release.
+"""The data holder's side of a run, as Flower starts it: check the request, admit it, train privately, release.
 
 What leaves is in fedhead.common.protocol. Every exception is caught here: the server gets a fixed code and text, the
 holder's own log gets the rest.
@@ -7,21 +7,29 @@ holder's own log gets the rest.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
-from flwr.app import Context, Message
+from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
-from torch import Tensor
 
+from fedhead.client.metrics import noised_count
 from fedhead.client.training import StepPlan
 from fedhead.client.workplace import Workplace, workplace_of
 from fedhead.common import protocol
-from fedhead.common.errors import Refused
+from fedhead.common.errors import InputError, Refused
+from fedhead.common.failpoints import reach
 from fedhead.common.preparation import Labelled
-from fedhead.common.privacy.noise import simulation_streams, system_streams
-from fedhead.common.protocol import RoundRequest
+from fedhead.common.privacy.lattice import check_weights
+from fedhead.common.privacy.ledger import Mark
+from fedhead.common.privacy.noise import Streams
+from fedhead.common.protocol import Asked, RoundRequest
+from fedhead.common.refusals import INVALID_REQUEST, NO_METRICS, NOT_READY, OTHER_MODEL, TRAINING_FAILED, refusal
 
 log = logging.getLogger("fedhead.client")
+
+MOST_NOISE, LARGEST_NORM = 2.0**25, 2.0**500
+"""What a deployed holder's noise has room for (fedhead.common.privacy.secure); refused before it is charged."""
 
 app = ClientApp()
 
@@ -34,28 +42,54 @@ def hello(message: Message, context: Context) -> Message:
         return protocol.hello(message, name)
     except Exception:  # the boundary: an exception's own text may hold private data
         log.exception("the holder's records can't be opened")
-        return protocol.refuse(message, protocol.refusal(protocol.NOT_READY), "")
+        return protocol.refuse(message, refusal(NOT_READY), "")
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """One round: admit, train, release."""
-    name = ""
+    """One round: check, admit, train, release."""
     try:
         workplace, name, records = workplace_of(context)
-        request, arrays = protocol.read_request(message)
-        check(request, workplace)
+    except Exception:  # the boundary: an exception's own text may hold private data
+        log.exception("the holder's records can't be opened")
+        return protocol.refuse(message, refusal(NOT_READY), "")
+    try:
+        asked = protocol.read_request(message)
+        check(asked.request, workplace)
         # One trained part serves all holders of a process, one holder at a time.
         with workplace.lock:
-            trained = workplace.trainable.trained()
-            received = protocol.from_arrays(arrays, trained)
-            event = train_holder(workplace, name, records, request, received)
-            return protocol.release(message, trained, request.declared_records, name, event)
+            content, mark = answer(workplace, name, records, asked)
+        return protocol.release(message, content, mark)
     except Refused as refused:
         return protocol.refuse(message, refused, name)
     except Exception:  # the boundary: an exception's own text may hold private data
         log.exception("%s: training failed", name)
-        return protocol.refuse(message, protocol.refusal(protocol.TRAINING_FAILED), name)
+        return protocol.refuse(message, refusal(TRAINING_FAILED), name)
+
+
+def expect(messages: Sequence[tuple[Message, Context]]) -> None:
+    """Reserve what several messages of a round ask of one process's holders, in one transaction.
+
+    An engine that delivers many messages in one process may call it before; without it each holder reserves its own.
+    What is wrong with a message shows when it is delivered.
+    """
+    asked: list[tuple[str, Asked]] = []
+    workplace: Workplace | None = None
+    source = ""
+    for message, context in messages:
+        if message.metadata.message_type != MessageType.TRAIN:
+            continue
+        try:
+            workplace, name, _ = workplace_of(context)
+            one = protocol.read_request(message)
+            check(one.request, workplace)
+            source = source or workplace.streams(one.request, name).source
+        except Exception:
+            log.debug("a message that can't be expected", exc_info=True)
+            continue
+        asked.append((name, one))
+    if workplace is not None and asked:
+        workplace.admission.expect(asked, source)
 
 
 def check(request: RoundRequest, workplace: Workplace) -> None:
@@ -64,40 +98,87 @@ def check(request: RoundRequest, workplace: Workplace) -> None:
     Raises
     ------
     Refused
-        Before any record is read.
+        Before any record is read, and before anything is charged.
     """
     if request.backbone != workplace.backbone or request.task != workplace.config.task.kind:
-        raise protocol.refusal(protocol.OTHER_MODEL)
+        raise refusal(OTHER_MODEL)
+    privacy = workplace.config.privacy
+    if request.unit != privacy.unit or (request.unit == "person") != (request.records_per_person is not None):
+        raise refusal(INVALID_REQUEST)
+    if request.records_per_person not in (None, privacy.records_per_person):
+        raise refusal(INVALID_REQUEST)
     if (request.mechanism == "poisson") != (request.sample_rate is not None):
-        raise protocol.refusal(protocol.INVALID_REQUEST)
-    if request.mechanism != "none" and request.noise_multiplier <= 0:
-        raise protocol.refusal(protocol.INVALID_REQUEST)
+        raise refusal(INVALID_REQUEST)
+    noises = [request.noise_multiplier, *([] if request.metrics_noise is None else [request.metrics_noise])]
+    if max(noises) > MOST_NOISE or not 1 / LARGEST_NORM <= request.clipping_norm <= LARGEST_NORM:
+        raise refusal(INVALID_REQUEST)
+    if request.metrics_noise is not None and privacy.metrics is None:  # nothing was kept apart to count on
+        raise refusal(NO_METRICS)
+    if request.mechanism == "none":
+        if request.metrics_noise is not None:
+            raise refusal(INVALID_REQUEST)
+    elif request.noise_multiplier <= 0 or request.plan_steps < request.local_steps or request.unit == "holder":
+        raise refusal(INVALID_REQUEST)
 
 
-def train_holder(
-    workplace: Workplace, name: str, records: Labelled, request: RoundRequest, received: dict[str, Tensor]
-) -> str:
-    """Train the received head on one holder's records; returns the event that was spent, as JSON.
+def answer(workplace: Workplace, name: str, records: Labelled, asked: Asked) -> tuple[RecordDict, Mark | None]:
+    """What a holder releases in a round, and where its ledger then stands.
 
-    The trained part of the workplace holds the released head afterwards.
+    The trained part of the workplace holds the released head afterwards, unless the release was kept from before.
+
+    Raises
+    ------
+    Refused
+        Before any record is read.
     """
-    with torch.no_grad():
-        for parameter, value in zip(workplace.trainable.trained().values(), received.values(), strict=True):
-            parameter.copy_(value)
-    # A seed that arrives is for simulated holders; whoever sent it can draw the noise again.
-    seed = request.seed if workplace.simulated else None
-    streams = system_streams() if seed is None else simulation_streams(seed, name, request.round)
+    request, admission = asked.request, workplace.admission
+    received = protocol.from_arrays(asked.arrays, workplace.trainable.trained())
+    streams = workplace.streams(request, name)
+    if not streams.seeded and request.mechanism != "none":
+        try:
+            check_weights(list(received.values()), request.clipping_norm)
+        except InputError as error:
+            raise refusal(INVALID_REQUEST) from error
+    admitted = admission.admit(name, asked, streams.source)
+    if admitted.payload is not None:
+        return protocol.unpack(admitted.payload), admitted.mark
+    reach("round.admitted")
+    try:
+        with torch.no_grad():
+            for parameter, value in zip(workplace.trainable.trained().values(), received.values(), strict=True):
+                parameter.copy_(value)
+        content = _train(workplace, name, records, request, streams)
+    except BaseException:
+        admission.fail(name, admitted)
+        raise
+    reach("round.trained")
+    mark = admission.release(name, admitted, content)
+    reach("round.sending")
+    return content, mark
+
+
+def _train(workplace: Workplace, name: str, records: Labelled, request: RoundRequest, streams: Streams) -> RecordDict:
+    declared = workplace.declared_records or request.declared_records
+    count = None
+    if request.metrics_noise is not None:  # of the head as it arrived: after this round's steps it is not the run's
+        count = noised_count(
+            workplace.trainable,
+            workplace.trainer.task,
+            workplace.holdouts[name],
+            request.metrics_noise,
+            streams.noise(request.local_steps),
+        )
     plan = StepPlan(
         mechanism=request.mechanism,
         noise_multiplier=request.noise_multiplier,
         clipping_norm=request.clipping_norm,
         sample_rate=request.sample_rate,
         local_steps=request.local_steps,
-        declared_records=request.declared_records,
+        declared_records=declared,
         optimizer=request.optimizer,
         learning_rate=request.learning_rate,
         proximal_mu=request.proximal_mu,
         chunk=request.chunk,
     )
     event = workplace.trainer.round(records.features, records.targets, plan, streams)
-    return event.to_json()
+    return protocol.released(workplace.trainable.trained(), declared, name, event.to_json(), count)

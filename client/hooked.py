@@ -1,6 +1,6 @@
 """Gradient paths for any head, on Opacus's hooks: ghost clipping, and per-record gradients to compare with.
 
-Shapes: B records, T positions of a sequence, D features, K outputs.
+Shapes: B records, T positions of a sequence, D features, K outputs. A person's records are such a sequence.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import torch
 from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
 from torch import Tensor, nn
 
-from fedhead.client.gradients import Features, GradientPath
+from fedhead.client.gradients import Features, GradientPath, of_persons, without_unusable
 from fedhead.client.probing import check_own_gradients, has_own_code
 from fedhead.common.errors import ModelError
 from fedhead.common.privacy.clipping import clip_factors, finite_records
+from fedhead.common.privacy.sequences import CANCEL
 
-_ELEMENTS: Final = 2**26  # most numbers that values or per-record gradients of one chunk may have: 256 MB in float32
-_NORM_ELEMENTS: Final = 2**22  # the same, inside one layer's norm
+_BYTES: Final = 2**28  # most memory that values or per-record gradients of one chunk may take
+_NORM_ELEMENTS: Final = 2**22  # most numbers inside one layer's norm
 _FIRING: Final = "Full backward hook is firing"  # features ask for no gradient, and torch says so for every first layer
 
 
@@ -74,10 +75,34 @@ def _gram_norms(a: Tensor, g: Tensor) -> Tensor:
     return squares.clamp(min=0).sqrt_().to(g.dtype)
 
 
+def person_norms(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> dict[Tensor, Tensor]:
+    """`linear_norms` of persons, each at least `CANCEL` of the sum of their records' norms, see there.
+
+    Parameters
+    ----------
+    activations : list of one Tensor, shape (B, T, D)
+    backprops : Tensor, shape (B, T, K)
+    """
+    norms = linear_norms(layer, activations, backprops)
+    sizes = torch.linalg.vector_norm(backprops, dim=2)  # (B, T)
+    if layer.weight in norms:
+        inputs = torch.linalg.vector_norm(activations[0].to(backprops.dtype), dim=2)
+        norms[layer.weight] = torch.maximum(norms[layer.weight], CANCEL * (sizes * inputs).sum(1))
+    if layer.bias is not None and layer.bias in norms:
+        norms[layer.bias] = torch.maximum(norms[layer.bias], CANCEL * sizes.sum(1))
+    return norms
+
+
 class _GhostHooks(GradSampleHooksFastGradientClipping):  # type: ignore[misc]  # Opacus has no types
     """Opacus's norm hooks with `linear_norms` in place of its Gram matrices."""
 
     NORM_SAMPLERS = {**GradSampleHooksFastGradientClipping.NORM_SAMPLERS, nn.Linear: linear_norms}  # noqa: RUF012
+
+
+class _PersonHooks(_GhostHooks):
+    """The same for persons."""
+
+    NORM_SAMPLERS = {**_GhostHooks.NORM_SAMPLERS, nn.Linear: person_norms}  # noqa: RUF012
 
 
 class _Hooked(GradientPath):
@@ -118,7 +143,9 @@ class _Hooked(GradientPath):
         self.hooks.disable_hooks()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=_FIRING)
-            check_own_gradients(self.trainable, self._losses, clipped_sum, values, lengths is not None)
+            check_own_gradients(
+                self.trainable, self._losses, clipped_sum, values, lengths is not None, of_persons(self.targets)
+            )
         self.hooks.enable_hooks()
 
     def end(self) -> None:
@@ -134,8 +161,9 @@ class _Hooked(GradientPath):
             values, lengths = self.features.batch(slice(0, 1))
             offsets = getattr(self.features, "offsets", None)
             longest = values.shape[1] if lengths is None or offsets is None else int(offsets.diff().max())
+            longest = 1 if of_persons(self.targets) else longest  # `add_rows` cuts persons by their numbers of records
             size = max(size, values[0, :1].numel() * longest)
-        return max(1, min(chunk, _ELEMENTS // max(1, size)))
+        return max(1, min(chunk, _BYTES // max(1, size * int(self.parameters[0].element_size()))))
 
     @abstractmethod
     def _held_a_record(self) -> int:
@@ -143,7 +171,11 @@ class _Hooked(GradientPath):
 
     def add(self, values: Tensor, lengths: Tensor | None, targets: Tensor) -> None:
         """Add records, without those that aren't finite: they never enter the forward pass."""
-        self._add_kept(values, lengths, targets, finite_records(values, lengths))
+        if of_persons(targets):
+            values, targets = without_unusable(values, targets)
+            self._add_kept(values, lengths, targets, (targets >= 0).any(1))
+        else:
+            self._add_kept(values, lengths, targets, finite_records(values, lengths))
 
     def _add_kept(self, values: Tensor, lengths: Tensor | None, targets: Tensor, keep: Tensor) -> None:
         if not bool(keep.all()):
@@ -171,7 +203,8 @@ class Ghost(_Hooked):
     """Norms first, then the gradient of the weighted losses: never a gradient a record for linear layers."""
 
     def _hang(self) -> Any:
-        return _GhostHooks(self.trainable, loss_reduction="sum", max_grad_norm=self.clipping_norm)
+        hooks = _PersonHooks if of_persons(self.targets) else _GhostHooks
+        return hooks(self.trainable, loss_reduction="sum", max_grad_norm=self.clipping_norm)
 
     def _held_a_record(self) -> int:
         return max(

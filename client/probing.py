@@ -31,7 +31,12 @@ def has_own_code(trainable: Trainable, task: Task) -> bool:
 
 
 def check_own_gradients(
-    trainable: Trainable, losses: Losses, clipped_sum: Callable[..., list[Tensor]], values: Tensor, ragged: bool
+    trainable: Trainable,
+    losses: Losses,
+    clipped_sum: Callable[..., list[Tensor]],
+    values: Tensor,
+    ragged: bool,
+    persons: bool = False,
 ) -> None:
     """Hold a path's clipped sum of made-up records to autograd's gradients of each of them alone.
 
@@ -47,11 +52,13 @@ def check_own_gradients(
         Of which only the shape is used.
     ragged : bool
         Whether records have lengths.
+    persons : bool
+        Whether what counts as one is a person with several records, values (B, T, D).
 
     Raises
     ------
     ModelError
-        They differ.
+        They differ, or a person's outputs are not those of each of their records.
     """
     parameters = list(trainable.trained().values())
     device, dtype = parameters[0].device, parameters[0].dtype
@@ -60,7 +67,7 @@ def check_own_gradients(
     shape = (TOKENS, *values.shape[2:]) if ragged else values.shape[1:]
     made = torch.randn(RECORDS, *shape, generator=stream).to(device, dtype)
     lengths = torch.full((RECORDS,), TOKENS, device=device) if ragged else None
-    targets = torch.zeros(RECORDS, dtype=torch.int64, device=device)
+    targets = torch.zeros((RECORDS, TOKENS) if persons else RECORDS, dtype=torch.int64, device=device)
     dropouts = [m for m in trainable.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
     try:
         with torch.no_grad():
@@ -68,6 +75,8 @@ def check_own_gradients(
                 p.add_((SPREAD * torch.randn(p.shape, generator=stream)).to(device, p.dtype))
         for dropout in dropouts:
             dropout.training = False
+        if persons:
+            _check_outputs(trainable, made)
         alone = []
         for i in range(RECORDS):
             one = losses(made[i : i + 1], None if lengths is None else lengths[i : i + 1], targets[i : i + 1])
@@ -95,4 +104,20 @@ def check_own_gradients(
         raise ModelError(
             "model.head, model.unfreeze or task.kind brings code of your own in which a record's gradient is not its "
             "own: records must not be mixed, and weights must be used through their layer only. Change that code."
+        )
+
+
+def _check_outputs(trainable: Trainable, made: Tensor) -> None:
+    """Hold the outputs of persons (B, T, D) to those of their records (B T, D)."""
+    with torch.no_grad():
+        expected = trainable(made.flatten(0, 1))
+        try:
+            found = trainable(made).flatten(0, 1)
+            good = found.shape == expected.shape and torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+        except RuntimeError:
+            good = False
+    if not good:
+        raise ModelError(
+            "model.head brings code of your own that works on one record at a time: a person's records come as "
+            "(B, T, D). Let it work over the last dimension, whatever comes before."
         )

@@ -15,16 +15,17 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from fedhead.client.gradients import Features
+from fedhead.client.gradients import Features, losses_of, of_persons, persons_at_once, without_unusable
 from fedhead.client.paths import make_path
 from fedhead.common.config.schema import Optimizer
 from fedhead.common.errors import InputError
 from fedhead.common.models.trainable import Trainable
 from fedhead.common.privacy.clipping import finite_records
 from fedhead.common.privacy.events import Event, NoPrivacyEvent, event_of
+from fedhead.common.privacy.lattice import check_sums, check_weights
 from fedhead.common.privacy.noise import Streams
 from fedhead.common.privacy.optimizers import PrivateOptimizer, add_pull, begin_round, make_optimizer
-from fedhead.common.privacy.sampling import poisson_sample
+from fedhead.common.privacy.sequences import rounding_records
 from fedhead.common.tasks import Task
 
 MECHANISMS: Final = ("full-batch", "poisson", "none")
@@ -95,7 +96,8 @@ class Trainer:
     Parameters
     ----------
     trainable : Trainable
-        Trained in place; load the received parameters into it before a round.
+        Trained in place; load the received parameters into it before a round. In float64 for a deployment's streams:
+        features are converted as they are read.
     task : Task
     path : str, optional
         Gradient path (`fedhead.client.paths`); default the quickest.
@@ -120,7 +122,7 @@ class Trainer:
         ----------
         features : Features
             N records; N may be 0, and the steps then release noise alone.
-        targets : Tensor, int64, shape (N,)
+        targets : Tensor, int64, shape (N,), or (N, T) of N persons
         plan : StepPlan
         streams : Streams
             Of this holder and round: noise, sampling and dropout, each from a stream of its own.
@@ -133,7 +135,10 @@ class Trainer:
         Raises
         ------
         InputError
-            The plan breaks a rule, or features and targets differ in length.
+            The plan breaks a rule, features and targets differ in length, or the streams are a deployment's and the
+            sums are not in float64, or of more than 2^20 records, or the weights are of a size that can't be trained.
+        RunError
+            The streams are a deployment's and a sum is out of range: nothing of the round may leave.
 
         Notes
         -----
@@ -147,6 +152,11 @@ class Trainer:
         if isinstance(event, NoPrivacyEvent):
             self._plain(features, targets, plan, streams)
         else:
+            if not streams.seeded:
+                records = len(features)
+                if of_persons(targets):
+                    records = rounding_records((targets >= 0).sum(1), plan.chunk)
+                check_sums(records, self.parameters)
             self._private(features, targets, plan, streams)
         return event
 
@@ -174,6 +184,8 @@ class Trainer:
                 everything = [slice(start, min(start + chunk, records)) for start in range(0, records, chunk)]
                 steps = repeat(everything, plan.local_steps)
             for step, pieces in enumerate(steps):
+                if not streams.seeded:
+                    check_weights(self.parameters, plan.clipping_norm)
                 with self._dropout(streams, step) if self._draws else nullcontext():
                     for rows in pieces:
                         path.add_rows(rows)
@@ -188,37 +200,38 @@ class Trainer:
         """Each step's Poisson sample, in pieces; steps that fit in a chunk together are read together."""
         assert plan.sample_rate is not None  # held by plan.event()
         waiting: list[Tensor] = []
+        together = 0
         for step in range(plan.local_steps):
-            sample = poisson_sample(records, plan.sample_rate, streams.generator(step, "sampling"))
-            if waiting and sum(map(len, waiting)) + len(sample) > chunk:
+            sample = streams.sample(step, records, plan.sample_rate)
+            size = sample.shape[0]
+            if waiting and together + size > chunk:
                 yield from self._read(waiting, chunk)
-                waiting = []
+                waiting, together = [], 0
             waiting.append(sample)
+            together += size
         yield from self._read(waiting, chunk)
 
     def _read(self, samples: list[Tensor], chunk: int) -> Iterator[Sequence[Any]]:
-        if len(samples) == 1 and len(samples[0]) > chunk:
+        if len(samples) == 1 and samples[0].shape[0] > chunk:
             yield torch.split(samples[0], chunk)
             return
         for sample, rows in zip(samples, self.path.read(samples), strict=True):
-            yield [rows] if len(sample) else ()
+            yield (rows,) if sample.shape[0] else ()
 
     def _plain(self, features: Features, targets: Tensor, plan: StepPlan, streams: Streams) -> None:
         """Steps without privacy: the plain gradient of the summed loss over the same divisor."""
         optimizer = self._optimizer(plan.optimizer).original_optimizer
         begin_round(optimizer, plan.learning_rate)
         received = [p.detach().clone() for p in self.parameters] if plan.proximal_mu else []
-        first = self.parameters[0]
+        chunk = plan.chunk
+        if of_persons(targets) and len(features):
+            chunk = persons_at_once(chunk, targets, features.batch(slice(0, 1))[0].shape[-1])
         for step in range(plan.local_steps):
             optimizer.zero_grad(set_to_none=True)
             with self._dropout(streams, step) if self._draws else nullcontext():
-                for start in range(0, len(features), plan.chunk):
-                    rows = slice(start, min(start + plan.chunk, len(features)))
-                    values, lengths = features.batch(rows)
-                    keep = finite_records(values, lengths)
-                    values = values[keep].to(first.device, first.dtype)
-                    lengths = None if lengths is None else lengths[keep].to(first.device)
-                    losses = self.task.losses(self.trainable(values, lengths), targets[rows][keep].to(first.device))
+                for start in range(0, len(features), chunk):
+                    rows = slice(start, min(start + chunk, len(features)))
+                    losses = self._plain_losses(features, targets, rows)
                     torch.autograd.backward(losses.sum() / plan.divisor)
             for p in self.parameters:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -227,12 +240,31 @@ class Trainer:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    def _plain_losses(self, features: Features, targets: Tensor, rows: slice) -> Tensor:
+        """Losses of some records, or persons, without those that aren't finite."""
+        first = self.parameters[0]
+        values, lengths = features.batch(rows)
+        wanted = targets[rows]
+        if of_persons(wanted):
+            values, wanted = without_unusable(values, wanted[:, : values.shape[1]])
+        else:
+            keep = finite_records(values, lengths)
+            values, wanted = values[keep], wanted[keep]
+            lengths = None if lengths is None else lengths[keep].to(first.device)
+        return losses_of(
+            self.trainable, self.task, values.to(first.device, first.dtype), lengths, wanted.to(first.device)
+        )
+
     @contextmanager
     def _dropout(self, streams: Streams, step: int) -> Iterator[None]:
         """Draw dropout from the step's stream; torch's global generator is put back afterwards."""
         device = self.parameters[0].device
         with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=streams.generator(step, "dropout"))))
+            source = streams.generator(step, "dropout")
+            if streams.seeded or device.type != "cpu":
+                torch.manual_seed(int(torch.randint(2**62, (), generator=source)))
+            else:
+                torch.set_rng_state(source.get_state())  # manual_seed keeps 32 bits
             yield
 
 

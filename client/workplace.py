@@ -1,30 +1,39 @@
-"""What a data holder's process keeps between messages: features, targets, the trained part and its trainer.
+"""What a data holder's process keeps between messages: features, targets, the trained part, its trainer, its ledger.
 
 In a simulation in one process, the engine puts it here once for all holders. Any other process (a Ray worker, `flwr
-run`) prepares it from the recipe when the first message arrives, from the feature cache if that is warm.
+run`) prepares it from the recipe when the first message arrives, from the feature cache if that is warm. A data holder
+of a deployment is named by the node's own config, and prepared from its own file: deployed.py.
 """
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
-import torch
+import numpy as np
 from flwr.app import Context
 
+from fedhead.client.admission import Admission
+from fedhead.client.placing import place
 from fedhead.client.training import Trainer
 from fedhead.common.config import RunConfig, from_json
+from fedhead.common.config.limits import Limits
 from fedhead.common.models.trainable import Trainable
 from fedhead.common.preparation import (
     Labelled,
+    Split,
     default_cache,
     featurize,
     load_backbone_for,
     make_trainable,
     read_split,
 )
+from fedhead.common.privacy.ledger import Ledger
+from fedhead.common.privacy.noise import Streams, simulation_streams, system_streams
+from fedhead.common.privacy.secure import choose_source
+from fedhead.common.protocol import RoundRequest
 from fedhead.common.tasks import make_task
 
 
@@ -41,15 +50,18 @@ class Workplace:
         Bound to the trained part; one round at a time.
     holders : sequence of (name, Labelled)
         By partition id.
-    simulated : bool
-        Whether randomness may come from a seed in the request; a deployed holder never lets it.
+    admission : Admission
+        Limits and ledger.
+    holdouts : mapping of str to Labelled
+        Holder -> records that it keeps apart from training, for noised metrics.
     """
 
     config: RunConfig
     backbone: str
     trainer: Trainer
     holders: list[tuple[str, Labelled]]
-    simulated: bool = False
+    admission: Admission
+    holdouts: dict[str, Labelled] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -58,6 +70,28 @@ class Workplace:
         trainable: Trainable = self.trainer.trainable
         return trainable
 
+    @property
+    def declared_records(self) -> int | None:
+        """The holder's own public constant, which goes before the request's."""
+        limits = self.admission.limits
+        return None if limits is None else limits.release.declared_records
+
+    def streams(self, request: RoundRequest, name: str) -> Streams:
+        """The random streams of a round.
+
+        A seed that arrives is for simulated holders: whoever sent it can draw the noise again.
+        """
+        admission = self.admission
+        allowed = admission.simulated or (admission.limits is not None and admission.limits.allow_seeded_noise)
+        if allowed and request.seed is not None:
+            return simulation_streams(request.seed, name, request.round)
+        coordinates = sum(value.numel() for value in self.trainable.trained().values())
+        bound = Limits().exact_noise_seconds if admission.limits is None else admission.limits.exact_noise_seconds
+        return system_streams(choose_source(coordinates, request.local_steps, bound))
+
+
+LEDGER = "holders/ledgers.sqlite"
+"""The ledger of all simulated holders, in the folder of the run or in the one that keeps the holders between runs."""
 
 _WORKPLACES: dict[str, Workplace] = {}
 
@@ -80,13 +114,27 @@ def withdraw(key: str) -> None:
 def workplace_of(context: Context) -> tuple[Workplace, str, Labelled]:
     """The workplace, name and records of the holder that a message is for."""
     key = str(context.run_config["recipe"])
-    workplace = _WORKPLACES.get(key)
+    own = str(context.node_config.get("holder", ""))  # what the holder gave its node; a server can't set it
+    place = own + key
+    workplace = _WORKPLACES.get(place)
     if workplace is None:
-        cache = str(context.run_config.get("cache", ""))
-        workplace = prepare(resolve_recipe(key), Path(cache) if cache else default_cache())
+        if own:
+            from fedhead.client.deployed import deploy
+
+            workplace = deploy(Path(own), key)
+        else:
+            cache, ledger = (str(context.run_config.get(name, "")) for name in ("cache", "ledger"))
+            out = str(context.run_config.get("out", "")) or "runs/latest"
+            workplace = prepare(
+                resolve_recipe(key),
+                Path(cache) if cache else default_cache(),
+                Path(ledger) if ledger else Path(out) / LEDGER,
+            )
+        for old in _WORKPLACES.values():
+            old.admission.close()
         _WORKPLACES.clear()
-        offer(key, workplace)
-    number = int(context.node_config["partition-id"])
+        offer(place, workplace)
+    number = 0 if own else int(context.node_config["partition-id"])
     return workplace, *workplace.holders[number]
 
 
@@ -99,23 +147,46 @@ def resolve_recipe(text: str) -> RunConfig:
     return find_recipe(text)
 
 
-def prepare(config: RunConfig, cache: Path | None) -> Workplace:
-    """A workplace from the recipe alone."""
+def prepare(config: RunConfig, cache: Path | None, ledger: Path) -> Workplace:
+    """A workplace of simulated holders, from the recipe alone."""
     split = read_split(config)
     backbone, _ = load_backbone_for(config, split.train)
     train = featurize(config, backbone, split.train, cache, "training features")
-    return arrange(
-        config, backbone.digest, make_trainable(config, backbone, make_task(config.task)), train, split.holders
+    trainable = make_trainable(config, backbone, make_task(config.task))
+    return arrange(config, backbone.digest, trainable, train, split, ledger)
+
+
+def arrange(
+    config: RunConfig, digest: str, trainable: Trainable, train: Labelled, split: Split, ledger: Path | None
+) -> Workplace:
+    """A workplace from features, each holder's records contiguous: one copy of the features, whatever the holders.
+
+    Parameters
+    ----------
+    ledger : Path or None
+        The ledger of all simulated holders; None for a comparison that nobody is charged for.
+    """
+    names = [holder_name(number) for number in range(len(split.holders))]
+    placed = place(config, train, split, names)
+    admission = Admission(
+        None if ledger is None else Ledger(ledger),
+        config.holders.limits,
+        config.holders.budget,
+        {} if ledger is None else fingerprints(split),
+        simulated=True,
     )
+    trainer = Trainer(trainable, make_task(config.task))
+    return Workplace(config, digest, trainer, placed.training, admission, placed.apart)
 
 
-def arrange(config: RunConfig, digest: str, trainable: Trainable, train: Labelled, parts: list[Any]) -> Workplace:
-    """A workplace from features, each holder's records contiguous: one copy of the features, whatever the holders."""
-    order = torch.cat([torch.from_numpy(part) for part in parts])
-    joined = Labelled(train.features.take(order), train.targets[order])
-    holders: list[tuple[str, Labelled]] = []
-    start = 0
-    for number, part in enumerate(parts):
-        holders.append((holder_name(number), joined.slice(start, start + len(part))))
-        start += len(part)
-    return Workplace(config, digest, Trainer(trainable, make_task(config.task)), holders, simulated=True)
+def fingerprints(split: Split) -> dict[str, str]:
+    """Holder -> digest of its training records, whatever their order: evidence in the ledger, never what decides."""
+    digests, labels = split.train.digests(), split.train.labels
+    return {holder_name(number): fingerprint(digests[part], labels[part]) for number, part in enumerate(split.holders)}
+
+
+def fingerprint(digests: np.ndarray, labels: np.ndarray) -> str:
+    """Digest of records: uint8 (N, 16) digests of the inputs and int64 (N,) labels, in any order."""
+    rows = np.concatenate([digests, labels.astype("<i8").view(np.uint8).reshape(len(labels), 8)], axis=1)
+    ordered = rows[np.lexsort(rows.T[::-1])] if len(rows) else rows
+    return blake2b(np.ascontiguousarray(ordered).tobytes(), digest_size=16).hexdigest()

@@ -9,8 +9,8 @@ import copy
 import importlib
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,17 @@ from torch import Tensor
 from fedhead.common import progress
 from fedhead.common.config import RunConfig
 from fedhead.common.config.faults import fault
-from fedhead.common.data.partition import partition
+from fedhead.common.data.partition import partition, partition_persons
+from fedhead.common.data.persons import (
+    Persons,
+    check_column,
+    codes_of,
+    group_persons,
+    majority_labels,
+    names_of,
+    split_persons,
+    tell_left_out,
+)
 from fedhead.common.data.records import Records, check_classes, split_records
 from fedhead.common.data.sources import SOURCES, load_records
 from fedhead.common.errors import ConfigError, DataError
@@ -33,13 +43,14 @@ from fedhead.common.tasks import Task
 
 @dataclass(frozen=True)
 class Labelled:
-    """Features and targets of N records.
+    """Features and targets of N records, or of N persons with up to T records each.
 
     Attributes
     ----------
     features : FeatureSet
-        N records.
-    targets : Tensor, shape (N,), int64
+        N records; of persons ragged.
+    targets : Tensor, int64, shape (N,), or (N, T) of persons
+        -1 behind a person's last record.
     """
 
     features: FeatureSet
@@ -52,6 +63,31 @@ class Labelled:
         """Records `start` to `stop`, as views."""
         return Labelled(self.features.slice(start, stop), self.targets[start:stop])
 
+    def take(self, rows: np.ndarray) -> Labelled:
+        """A copy of the records at these positions, in this order."""
+        order = torch.from_numpy(rows)
+        return Labelled(self.features.take(order), self.targets[order])
+
+    def by_person(self, offsets: np.ndarray) -> Labelled:
+        """Persons of records that lie person after person; features are a view.
+
+        Parameters
+        ----------
+        offsets : int64 array, shape (P + 1,)
+            Person i has the records from `offsets[i]` up to `offsets[i + 1]`.
+
+        Returns
+        -------
+        Labelled
+            P persons.
+        """
+        assert self.features.offsets is None, "a person's records are feature vectors, not sequences"
+        ends = torch.from_numpy(offsets)
+        lengths = ends.diff()
+        targets = torch.full((len(lengths), int(lengths.max()) if len(lengths) else 0), -1)
+        targets[torch.arange(targets.shape[1]) < lengths[:, None]] = self.targets
+        return Labelled(FeatureSet(self.features.values, ends), targets)
+
 
 @dataclass(frozen=True)
 class Split:
@@ -61,15 +97,23 @@ class Split:
     ----------
     train, test : Records
     holders : list of int arrays
-        Rows of `train` at each holder.
+        Rows of `train` at each holder; under the unit "person" person after person, without their surplus.
     holder_tests : list of int arrays
         Rows of `test` that stem from each holder; empty lists where test records come from a source of their own.
+    persons : list of Persons, or None
+        The persons of each holder, under the unit "person"; their rows are those in `holders`.
     """
 
     train: Records
     test: Records
     holders: list[np.ndarray]
     holder_tests: list[np.ndarray]
+    persons: list[Persons] | None = None
+
+    @property
+    def units(self) -> int:
+        """How many records, or persons, all holders have together: what `declared_records` counts."""
+        return sum(len(part) for part in (self.holders if self.persons is None else self.persons))
 
 
 def default_cache() -> Path:
@@ -96,9 +140,17 @@ def read_split(config: RunConfig) -> Split:
     """Read the records of a simulation and spread them over its holders.
 
     Test records are held out by a keyed hash of each record, never by its index. Held-out records are spread over the
-    holders in the proportions that each label has at them.
+    holders in the proportions that each label has at them. Under the unit "person", all this is done with persons: by a
+    keyed hash of the person, and with all their records.
+
+    Raises
+    ------
+    ConfigError
+        The unit is "person" and a part of the backbone is trained.
+    DataError
+        The records can't be read, split or spread.
     """
-    data = config.data
+    data, person = config.data, _person(config)
     records = load_records(data.source, data.columns, config.task.labels, config.base)
     if data.test.fraction is None:
         assert data.test.source is not None
@@ -107,9 +159,11 @@ def read_split(config: RunConfig) -> Split:
             data.test.source, columns, config.task.labels, config.base, setting="data.test", split="test"
         )
         check_classes(records, config.task.labels)
-        parts = partition(records, config.holders, config.run.seed)
-        return Split(records, test, parts, [])
-    train_rows, test_rows = split_records(records, data.test.fraction)
+        return _spread(config, records, test, person)
+    if person is None:
+        train_rows, test_rows = split_records(records, data.test.fraction)
+    else:
+        train_rows, test_rows = split_persons(records, person, data.test.fraction)
     if len(test_rows) == 0:
         raise DataError(
             f"data.test.fraction is {data.test.fraction}: none of the {len(records)} records is held out by it. Give a "
@@ -119,8 +173,69 @@ def read_split(config: RunConfig) -> Split:
     check_classes(train, config.task.labels)
     # The training records alone are partitioned, so that every holder has some; the held-out ones follow the label
     # mix of the holders that have their label, at random.
-    parts = partition(train, config.holders, config.run.seed)
-    return Split(train, test, parts, spread_like(train.labels, parts, test.labels, config.run.seed))
+    return _spread(config, train, test, person, held_out=True)
+
+
+def _person(config: RunConfig) -> str | None:
+    """The column of persons where they are the unit."""
+    if config.privacy.unit != "person":
+        return None
+    if config.model.unfreeze:
+        raise ConfigError(
+            [
+                fault(
+                    "model.unfreeze", config.model.unfreeze,
+                    'it must be 0 when privacy.unit is "person": a person is a sequence of feature vectors',
+                    'Set model.unfreeze = 0, or protect records with privacy.unit = "record".',
+                )
+            ]
+        )  # fmt: skip
+    assert config.privacy.person is not None  # held by the recipe's checks
+    return config.privacy.person
+
+
+def _spread(config: RunConfig, train: Records, test: Records, person: str | None, held_out: bool = False) -> Split:
+    """Spread training records, and test records that were held out of the same source, over the holders."""
+    seed = config.run.seed
+    if person is None:
+        if config.privacy.person is not None:
+            check_column(train, config.privacy.person)  # a column that isn't there would warn of nothing
+        parts = partition(train, config.holders, seed)
+        return Split(train, test, parts, spread_like(train.labels, parts, test.labels, seed) if held_out else [])
+    parts = partition_persons(train, config.holders, seed, person)
+    groups = [group_persons(train.select(part), person, config.privacy.records_per_person) for part in parts]
+    persons = [replace(group, rows=part[group.rows]) for part, group in zip(parts, groups, strict=True)]
+    tests: list[np.ndarray] = []
+    if held_out:
+        codes, _ = codes_of(names_of(test, person))
+        spread = spread_like(train.labels, parts, majority_labels(codes, test.labels), seed)
+        tests = [np.flatnonzero(np.isin(codes, chosen)) for chosen in spread]
+    return Split(train, test, [group.rows for group in persons], tests, persons)
+
+
+def holder_parts(config: RunConfig, train: Labelled, split: Split, names: Sequence[str]) -> list[Labelled]:
+    """Each holder's training data, records or persons, contiguous: one copy of the features, whatever the holders.
+
+    Parameters
+    ----------
+    train : Labelled
+        All records of `split.train`.
+    names : sequence of str
+        The holders', for their own logs, which say how many records of persons are left out.
+
+    Returns
+    -------
+    list of Labelled
+    """
+    joined, parts, start = train.take(np.concatenate(split.holders)), [], 0
+    for number, rows in enumerate(split.holders):
+        part = joined.slice(start, start + len(rows))
+        start += len(rows)
+        if split.persons is not None:
+            tell_left_out(names[number], split.persons[number], config.privacy.records_per_person)
+            part = part.by_person(split.persons[number].offsets)
+        parts.append(part)
+    return parts
 
 
 def spread_like(labels: np.ndarray, parts: list[np.ndarray], others: np.ndarray, seed: int) -> list[np.ndarray]:

@@ -7,11 +7,12 @@ count, no exception text.
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
+import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,24 +22,16 @@ from torch import Tensor
 
 from fedhead.common.config.schema import Optimizer
 from fedhead.common.errors import Refused
+from fedhead.common.npy import npy_header, read_npy
+from fedhead.common.privacy.events import MOST_STEPS
+from fedhead.common.privacy.ledger import Mark
+from fedhead.common.refusals import INVALID_REQUEST, OTHER_MODEL, TEXTS, refusal
 
 Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 
-ARRAYS, CONFIG, METRICS, RELEASE = "arrays", "config", "metrics", "release"
+ARRAYS, CONFIG, METRICS, RELEASE, LEDGER = "arrays", "config", "metrics", "release", "ledger"
 WEIGHT = "num-examples"
 _NPY = "numpy.ndarray"  # Flower's name for the bytes that `numpy.save` writes
-
-# Fixed codes and texts of a refusal: all that the server learns about its reason.
-INVALID_REQUEST = 1001
-OTHER_MODEL = 1002
-NOT_READY = 1003
-TRAINING_FAILED = 1099
-TEXTS: Mapping[int, str] = {
-    INVALID_REQUEST: "the request is not valid",
-    OTHER_MODEL: "the request is for another backbone or head",
-    NOT_READY: "the holder's records can't be opened; its own log says why",
-    TRAINING_FAILED: "training failed; the holder's own log says why",
-}
 
 
 class RoundRequest(BaseModel):
@@ -52,21 +45,27 @@ class RoundRequest(BaseModel):
 
     version: Literal[1] = 1
     run: str = Field(min_length=1, max_length=64)
-    round: int = Field(ge=1)
+    round: int = Field(ge=1, le=MOST_STEPS)
     task: str
     backbone: str = Field(description="Digest of the backbone.")
-    unit: Literal["record"] = "record"
+    unit: Literal["record", "person", "holder"] = "record"
+    records_per_person: int | None = Field(None, ge=1, le=10_000)
     mechanism: Literal["full-batch", "poisson", "none"]
     noise_multiplier: float = Field(ge=0)
     clipping_norm: float = Field(gt=0)
     sample_rate: float | None = Field(None, gt=0, lt=1)
     local_steps: int = Field(ge=1, le=100_000)
-    declared_records: int = Field(ge=1)
+    declared_records: int = Field(ge=1, le=MOST_STEPS)
     optimizer: Optimizer
     learning_rate: float = Field(gt=0)
     proximal_mu: float = Field(0.0, ge=0)
     chunk: int = Field(4096, ge=1)
     seed: int | None = Field(None, ge=0)
+    plan_steps: int = Field(1, ge=1, le=MOST_STEPS, description="Private steps that the whole run asks of a holder.")
+    delta: float = Field(1e-5, gt=0, lt=1, description="The delta that the run's epsilon goes with.")
+    metrics_noise: float | None = Field(
+        None, gt=0, description="Noise on the count of correct answers, in units; None when no count is asked for."
+    )
 
 
 def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
@@ -75,7 +74,7 @@ def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
     for name, value in state.items():
         values = value.detach().to("cpu", torch.float32).numpy()
         shape = tuple(values.shape)
-        record[name] = Array("float32", shape, _NPY, _npy_header(shape) + values.tobytes())
+        record[name] = Array("float32", shape, _NPY, npy_header(shape) + values.tobytes())
     return record
 
 
@@ -101,51 +100,18 @@ def from_arrays(arrays: ArrayRecord, like: Mapping[str, Tensor]) -> dict[str, Te
         array, shape = arrays[name], tuple(expected.shape)
         if (array.dtype, array.stype, tuple(array.shape)) != ("float32", _NPY, shape):
             raise refusal(OTHER_MODEL)
-        values = _read_npy(array.data, shape)
+        values = _values(array.data, shape)
         if not np.isfinite(values).all():
             raise refusal(INVALID_REQUEST)
         found[name] = torch.from_numpy(values)
     return found
 
 
-@lru_cache(maxsize=64)
-def _npy_header(shape: tuple[int, ...]) -> bytes:
-    """What `numpy.save` writes before float32 values of a shape."""
-    stream = io.BytesIO()
-    layout = {"descr": "<f4", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(stream, layout)
-    return stream.getvalue()
-
-
-def _read_npy(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    """A copy of the float32 values in `data`, which `numpy.save` wrote; allocates nothing that `data` doesn't hold.
-
-    `numpy.load` would do, at ten times the price, because it evaluates the header, and with an allocation of whatever
-    size the header claims.
-
-    Raises
-    ------
-    Refused
-        Anything else is in it.
-    """
-    start, fortran = len(_npy_header(shape)), False
+def _values(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
     try:
-        if not data.startswith(_npy_header(shape)):
-            stream = io.BytesIO(data)
-            version = np.lib.format.read_magic(stream)
-            claimed, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-            if version != (1, 0) or claimed != shape or dtype != np.dtype("<f4"):
-                raise refusal(INVALID_REQUEST)
-            start = stream.tell()
-        values = np.frombuffer(data, dtype="<f4", offset=start).reshape(shape, order="F" if fortran else "C")
-    except (ValueError, SyntaxError) as error:
+        return read_npy(data, shape)
+    except Exception as error:  # numpy evaluates the header: a bad one may raise nearly anything, MemoryError included
         raise refusal(INVALID_REQUEST) from error
-    return values.copy()
-
-
-def refusal(code: int) -> Refused:
-    """A refusal with its fixed text."""
-    return Refused(code, TEXTS[code])
 
 
 def round_config(request: RoundRequest) -> ConfigRecord:
@@ -153,8 +119,17 @@ def round_config(request: RoundRequest) -> ConfigRecord:
     return ConfigRecord({"server-round": request.round, "request": request.model_dump_json()})
 
 
-def read_request(message: Message) -> tuple[RoundRequest, ArrayRecord]:
-    """The request and the arrays of a message.
+class Asked(NamedTuple):
+    """What a message asks: the request, the head, the digest of both, and the last of our ledger that was seen."""
+
+    request: RoundRequest
+    arrays: ArrayRecord
+    digest: str
+    seen: Mark | None
+
+
+def read_request(message: Message) -> Asked:
+    """What a message asks.
 
     Raises
     ------
@@ -162,9 +137,48 @@ def read_request(message: Message) -> tuple[RoundRequest, ArrayRecord]:
         When anything is missing, unknown or out of range.
     """
     try:
-        return _parse(str(_record(message, CONFIG, ConfigRecord)["request"])), _record(message, ARRAYS, ArrayRecord)
-    except (KeyError, ValueError, ValidationError) as error:
+        text, arrays = str(_record(message, CONFIG, ConfigRecord)["request"]), _record(message, ARRAYS, ArrayRecord)
+        seen = _mark(_record(message, LEDGER, ConfigRecord)) if LEDGER in message.content else None
+        return Asked(_parse(text), arrays, _digest(text, arrays), seen)
+    except (KeyError, ValueError, TypeError, ValidationError) as error:
         raise refusal(INVALID_REQUEST) from error
+
+
+def with_mark(content: RecordDict, mark: Mark | None) -> RecordDict:
+    """The content of a request for one holder: the same records, and the last of its ledger that was seen."""
+    own = RecordDict(dict(content.items()))
+    if mark is not None:
+        own[LEDGER] = _mark_record(mark)
+    return own
+
+
+def _mark_record(mark: Mark) -> ConfigRecord:
+    return ConfigRecord({"sequence": mark.sequence, "hash": mark.hash})
+
+
+def _mark(record: ConfigRecord) -> Mark:
+    """The mark in a record; a ValueError where it is none."""
+    sequence, hashed = record["sequence"], record["hash"]
+    if isinstance(sequence, bool) or not isinstance(sequence, int) or not 0 < sequence < 2**63:
+        raise ValueError("no sequence")
+    if not isinstance(hashed, str) or len(hashed) != 64:
+        raise ValueError("no hash")
+    return Mark(sequence, hashed)
+
+
+def _digest(text: str, arrays: ArrayRecord) -> str:
+    """SHA-256 over a whole request: its text, and the names, shapes and bytes of the head."""
+    return _hash(text, tuple((name, array.dtype, tuple(array.shape), array.data) for name, array in arrays.items()))
+
+
+@lru_cache(maxsize=2)
+def _hash(text: str, arrays: tuple[tuple[str, str, tuple[int, ...], bytes], ...]) -> str:
+    # kept like _parse; Python keeps the hash of bytes with them, so that asking again costs next to nothing
+    found = hashlib.sha256(json.dumps([text, [list(array[:3]) for array in arrays]]).encode())
+    for *_, data in arrays:
+        found.update(len(data).to_bytes(8, "big"))
+        found.update(data)
+    return found.hexdigest()
 
 
 @lru_cache(maxsize=2)
@@ -181,16 +195,53 @@ def _record(message: Message, name: str, kind: type[Record]) -> Record:
     return found
 
 
-def release(message: Message, state: Mapping[str, Tensor], weight: int, holder: str, event: str) -> Message:
-    """The reply of a holder: the noised head, its declared weight, its name and the event it charged (JSON)."""
-    content = RecordDict(
-        {
-            ARRAYS: to_arrays(state),
-            METRICS: MetricRecord({WEIGHT: weight}),
-            RELEASE: ConfigRecord({"holder": holder, "event": event}),
-        }
-    )
+def release(message: Message, content: RecordDict, mark: Mark | None) -> Message:
+    """The reply of a holder: what it releases, and where its ledger stands."""
+    if mark is not None:
+        content[LEDGER] = _mark_record(mark)
     return Message(content, reply_to=message)
+
+
+def released(
+    state: Mapping[str, Tensor], weight: int, holder: str, event: str, count: float | None = None
+) -> RecordDict:
+    """What a holder releases: the noised head, its declared weight, its name and the event it charged (JSON).
+
+    Parameters
+    ----------
+    count : float, optional
+        The noised count of correct answers, where one was asked for.
+    """
+    notes: dict[str, str | float] = {"holder": holder, "event": event}
+    if count is not None:
+        notes["correct"] = count
+    return RecordDict(
+        {ARRAYS: to_arrays(state), METRICS: MetricRecord({WEIGHT: weight}), RELEASE: ConfigRecord({**notes})}
+    )
+
+
+def pack(content: RecordDict) -> bytes:
+    """A release as bytes, for the ledger to keep: the very same release leaves when the round is asked again."""
+    arrays = content.array_records[ARRAYS]
+    head = {
+        "weight": content.metric_records[METRICS][WEIGHT],
+        "notes": dict(content.config_records[RELEASE].items()),
+        "arrays": [[name, list(array.shape), len(array.data)] for name, array in arrays.items()],
+    }
+    first = json.dumps(head, allow_nan=False).encode()
+    return b"".join([len(first).to_bytes(8, "big"), first, *(array.data for array in arrays.values())])
+
+
+def unpack(data: bytes) -> RecordDict:
+    """What `pack` made bytes of."""
+    start = 8 + int.from_bytes(data[:8], "big")
+    head, arrays = json.loads(data[8:start]), ArrayRecord()
+    for name, shape, size in head["arrays"]:
+        arrays[name] = Array("float32", tuple(shape), _NPY, data[start : start + size])
+        start += size
+    return RecordDict(
+        {ARRAYS: arrays, METRICS: MetricRecord({WEIGHT: head["weight"]}), RELEASE: ConfigRecord(head["notes"])}
+    )
 
 
 def refuse(message: Message, refused: Refused, holder: str) -> Message:
@@ -199,12 +250,16 @@ def refuse(message: Message, refused: Refused, holder: str) -> Message:
 
 
 def read_refusal(message: Message) -> tuple[str, int, str]:
-    """Holder, code and text of an error reply; the holder is empty when Flower itself made the reply."""
+    """Holder, code and text of an error reply; the holder is empty when Flower itself made the reply.
+
+    The text is the code's own: what arrives goes into logs and results, and may be anything.
+    """
+    code = message.error.code
     try:
-        reason = json.loads(message.error.reason or "")
-        return str(reason["holder"]), message.error.code, str(reason["text"])
-    except (TypeError, ValueError, KeyError):
-        return "", message.error.code, "no update arrived"
+        holder = str(json.loads(message.error.reason or "")["holder"])
+    except (TypeError, ValueError, KeyError, RecursionError):
+        return "", code, "no update arrived"
+    return holder, code, TEXTS.get(code, "no update arrived")
 
 
 def read_release(message: Message) -> tuple[str, str]:
@@ -216,6 +271,23 @@ def read_release(message: Message) -> tuple[str, str]:
     return str(record.get("holder", "")), str(record.get("event", ""))
 
 
+def read_mark(message: Message) -> Mark | None:
+    """Where a holder's ledger stands, by its reply; None where it doesn't say."""
+    try:
+        return _mark(_record(message, LEDGER, ConfigRecord))
+    except (KeyError, ValueError):
+        return None
+
+
+def read_count(message: Message) -> float | None:
+    """The noised count of correct answers in a release, or None."""
+    try:
+        count = _record(message, RELEASE, ConfigRecord)["correct"]
+    except KeyError:
+        return None
+    return count if isinstance(count, float) and math.isfinite(count) else None
+
+
 def read_update(message: Message, like: Mapping[str, Tensor]) -> int | float:
     """The weight that a release asks for, when it can be aggregated with others.
 
@@ -225,8 +297,10 @@ def read_update(message: Message, like: Mapping[str, Tensor]) -> int | float:
         Something is missing or too much, or the arrays are not those that are expected; see `from_arrays`.
     """
     try:
-        if set(message.content) != {ARRAYS, METRICS, RELEASE}:
+        if set(message.content) - {LEDGER} != {ARRAYS, METRICS, RELEASE}:
             raise refusal(INVALID_REQUEST)
+        for name in {RELEASE, LEDGER} & set(message.content):  # strategies count records of a kind
+            _record(message, name, ConfigRecord)
         from_arrays(_record(message, ARRAYS, ArrayRecord), like)
         metrics = _record(message, METRICS, MetricRecord)
         (weight,) = metrics.values()

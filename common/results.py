@@ -1,7 +1,7 @@
 """The result of a run: what result.json holds.
 
     Result          one run
-    ├── RoundRow    one round: what it cost, and the metrics where it was evaluated
+    ├── RoundRow    one round: what it cost, the metrics where it was evaluated, and estimates from noised counts
     ├── SpendRow    what one data holder spent, and every mechanism event behind it
     └── HolderRow   what only a simulator knows of a data holder
 
@@ -27,6 +27,8 @@ from fedhead.common.errors import InputError
 
 SCHEMA: Final = 1
 FILE: Final = "result.json"
+NOISE_BAR: Final = 1.96
+"""Standard errors to each side that an estimate is shown with: noise alone stays within in 95 of 100 cases."""
 _NUMBERS: Final[Mapping[str, float]] = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 _STRICT: Final = ConfigDict(extra="forbid", strict=True)
 
@@ -53,8 +55,24 @@ class RefusalRow(TypedDict):
 
 
 @with_config(_STRICT)
+class NoisedRow(TypedDict):
+    """Accuracy on records that the holders keep apart, estimated from noised counts over a declared number of units.
+
+    Of the head that the round began with. Noise carries it below 0 and above 1, and its standard error is of the noise
+    alone.
+    """
+
+    accuracy: Annotated[float, Field(allow_inf_nan=False)]
+    standard_error: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    holders: Annotated[int, Field(ge=1)]
+
+
+@with_config(_STRICT)
 class RoundRow(TypedDict):
-    """One round; `metrics` is None where it was not evaluated, `epsilon` the largest over the holders after it."""
+    """One round; `metrics` is None where it was not evaluated, `epsilon` the largest over the holders after it.
+
+    `noised` is there when holders released noised counts.
+    """
 
     round: Annotated[int, Field(ge=1)]
     metrics: Metrics | None
@@ -64,6 +82,7 @@ class RoundRow(TypedDict):
     holders: Count
     refused: list[RefusalRow]
     epsilon: Epsilon | None
+    noised: NotRequired[NoisedRow | None]
 
 
 @with_config(_STRICT)
@@ -99,6 +118,7 @@ class HolderRow(TypedDict):
 
     name: str
     records: Count
+    persons: NotRequired[Count]
     labels: dict[str, Count]
     metrics: Metrics
     metrics_on: NotRequired[str]

@@ -102,24 +102,57 @@ def simulate(
 def plan(
     recipe: Annotated[str | None, typer.Argument(help="A recipe's file, or the name of a built-in one.")] = None,
     epsilon: Annotated[float | None, typer.Option(help="Most to spend.")] = None,
-    delta: Annotated[float, typer.Option(help="The delta that goes with epsilon.")] = 1e-5,
+    delta: Annotated[float | None, typer.Option(help="The delta that goes with epsilon. Default: 1e-5.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds.")] = None,
-    local_steps: Annotated[int, typer.Option(min=1, help="Private steps a holder takes in a round.")] = 1,
+    noise_multiplier: Annotated[float | None, typer.Option(help="Noise deviation over clipping norm.")] = None,
+    local_steps: Annotated[
+        int | None, typer.Option(min=1, help="Private steps a holder takes in a round. Default: 1.")
+    ] = None,
     sample_rate: Annotated[float | None, typer.Option(help="Poisson sampling; default: every record.")] = None,
+    state: Annotated[Path | None, typer.Option("--state", help="Folder that keeps the holders: what is left.")] = None,
+    ledgers: Annotated[
+        list[Path] | None, typer.Option("--ledger", metavar="FILE", help="A data holder's ledger: what is left.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw epsilon against rounds (.png, .svg).")] = None,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What a run would cost, before anything is spent."""
-    from fedhead.simulations import console, plans
+    """What a run would cost, before anything is spent.
 
+    Give a recipe, or two of --epsilon, --noise-multiplier and --rounds: the third follows.
+    """
+    if plot is not None and (plot.suffix not in (".png", ".svg") or not plot.absolute().parent.is_dir()):
+        raise InputError(f'--plot is "{plot}": it must end in .png or .svg, in a folder that exists. Name such a file.')
+    numbers = {
+        "--epsilon": epsilon, "--delta": delta, "--rounds": rounds, "--noise-multiplier": noise_multiplier,
+        "--local-steps": local_steps, "--sample-rate": sample_rate,
+    }  # fmt: skip
+    config = None
     if recipe is not None:
         from fedhead.common.config import find_recipe
 
-        found = plans.of_recipe(find_recipe(recipe, settings or []))
-    elif epsilon is None or rounds is None:
-        raise InputError("RECIPE is missing: give one, or both --epsilon and --rounds.")
+        extra = next((name for name, value in numbers.items() if value is not None), None)
+        if extra is not None:
+            raise InputError(f"{extra} is given together with RECIPE: the recipe says it. Change it with --set.")
+        if state is not None and ledgers:
+            raise InputError("--ledger is given together with --state: one of them says what was spent. Remove one.")
+        config = find_recipe(recipe, settings or [])
     else:
-        found = plans.of_numbers(epsilon, delta, rounds, local_steps, sample_rate)
+        for name, given in (("--state", state), ("--ledger", ledgers), ("--set", settings)):
+            if given:
+                raise InputError(f"RECIPE is missing: {name} goes with one. Give it.")
+
+    from fedhead.simulations import console, plans
+
+    if config is not None:
+        found = plans.of_recipe(config, state, ledgers or ())
+    else:
+        delta, local_steps = 1e-5 if delta is None else delta, 1 if local_steps is None else local_steps
+        found = plans.of_numbers(epsilon, delta, rounds, local_steps, sample_rate, noise_multiplier)
+    if plot is not None:
+        from fedhead.simulations.plan_plot import draw_plan
+
+        draw_plan(plot, found, plans.curves(found, config))
     _emit(found, as_json, lambda: console.show_plan(found))
 
 
@@ -147,6 +180,36 @@ def predict(
     from fedhead.simulations.predict import predict_file
 
     predict_file(model_dir, inputs, out=out, column=column, as_json=as_json, allow_modules=allow_modules)
+
+
+@app.command()
+def check(
+    holder: Annotated[Path, typer.Argument(metavar="HOLDER", help="A data holder's own file, holder.toml.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Whether a data holder is ready: data, persons, limits, ledger, budget left. Joins nothing.
+
+    Numbers of records are for the holder alone. Status 1 when something has to be changed, 2 for a file with faults.
+    """
+    from fedhead.client.checking import check_holder, show_report
+
+    report = check_holder(holder)
+    _emit(report.to_dict(), as_json, lambda: show_report(report))
+    if not report.good:
+        raise typer.Exit(1)
+
+
+@app.command()
+def budget(
+    ledgers: Annotated[list[Path], typer.Argument(metavar="LEDGER...", help="Ledgers, or folders that hold some.")],
+    delta: Annotated[float | None, typer.Option(help="State epsilon at this delta. Default: each budget's.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What was spent and what is left, per holder, domain and run."""
+    from fedhead.simulations.budgets import read_budgets, show_budgets
+
+    found = read_budgets(ledgers, delta)
+    _emit(found, as_json, lambda: show_budgets(found))
 
 
 @app.callback(invoke_without_command=True)
@@ -214,7 +277,7 @@ def main() -> NoReturn:
             "Set FEDHEAD_DEBUG=1 for the details, and report it please.",
             1,
         )
-    sys.exit(0)
+    sys.exit(status or 0)
 
 
 def _terminated(*_: object) -> NoReturn:

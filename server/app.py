@@ -1,6 +1,7 @@
 """The coordinator's side of a run, as Flower starts it: recipe in, rounds, results out.
 
-Run config: `recipe` (JSON, a file, or a built-in recipe's name), `out` (folder of the results), `cache` (features).
+Run config: `recipe` (JSON, a file, or a built-in recipe's name), `out` (folder of the results), `cache` (features),
+`marks` (file that remembers the holders' ledgers between runs; none when it is left out).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ArrayRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -25,11 +27,14 @@ from fedhead.common.models.trainable import Trainable
 from fedhead.common.preparation import Labelled, default_cache, featurize, load_backbone_for, make_trainable, read_split
 from fedhead.common.results import Result
 from fedhead.common.tasks import Task, make_task
+from fedhead.server.central import central_of
 from fedhead.server.checkpoints import Checkpoint, memory_of, remember
 from fedhead.server.cohorts import Cohorts
 from fedhead.server.evaluation import Evaluator
+from fedhead.server.marks import read_marks, write_marks
+from fedhead.server.metrics import estimate
 from fedhead.server.requests import Plan, make_plan
-from fedhead.server.rounds import Rounds, around
+from fedhead.server.rounds import RoundRecord, Rounds, around
 from fedhead.server.spending import account
 from fedhead.server.strategies import strategy_class
 
@@ -48,6 +53,8 @@ class Desk:
         Of the backbone.
     declared : (int, str)
         Divisor of every holder's gradient sum, and where it comes from.
+    simulated : bool
+        Whether noise that the server adds (unit `holder`) may come from the recipe's seed.
     """
 
     config: RunConfig
@@ -57,6 +64,7 @@ class Desk:
     test: Labelled
     declared: tuple[int, str]
     timing: dict[str, float] = field(default_factory=dict)
+    simulated: bool = False
 
 
 _DESKS: dict[str, Desk] = {}
@@ -79,7 +87,8 @@ def main(grid: Grid, context: Context) -> None:
     out = Path(str(context.run_config.get("out", "")) or "runs/latest")
     desk = _DESKS.get(key) or prepare(key, str(context.run_config.get("cache", "")))
     resumed = Checkpoint.read(out, key) if context.run_config.get("resume") else None
-    outcome = Coordinator(desk, grid, key, out, resumed).run()
+    marks = str(context.run_config.get("marks", ""))
+    outcome = Coordinator(desk, grid, key, out, resumed, Path(marks) if marks else None).run()
     outcome.result.write(out)
     save_model(out / "model", desk.trainable, desk.config, desk.backbone, desk.task)
 
@@ -105,11 +114,15 @@ class Coordinator:
         Folder of the results; checkpoints go below it.
     resumed : Checkpoint, optional
         Where to go on.
+    marks : Path, optional
+        File that remembers the holders' ledgers between runs.
     """
 
-    def __init__(self, desk: Desk, grid: Grid, key: str, out: Path, resumed: Checkpoint | None = None) -> None:
+    def __init__(
+        self, desk: Desk, grid: Grid, key: str, out: Path, resumed: Checkpoint | None = None, marks: Path | None = None
+    ) -> None:
         self.desk, self.grid, self.config = desk, grid, desk.config
-        self.key, self.out, self.resumed = key, out, resumed
+        self.key, self.out, self.resumed, self.marks = key, out, resumed, marks
         self.metrics: dict[int, dict[str, float]] = {} if resumed is None else dict(resumed.metrics)
         self.evaluation_seconds = 0.0
         self.evaluator = Evaluator(desk.trainable, desk.task, desk.test)
@@ -129,12 +142,16 @@ class Coordinator:
         )
         like = {name: value.detach().clone() for name, value in self.desk.trainable.trained().items()}
         rounds = Rounds(cohorts, nodes, plan.request, like, uniform=config.strategy.weights == "uniform")
+        rounds.central = central_of(config, plan.noise_multiplier, cohorts.holders, self.out, self.desk.simulated)
+        if self.marks is not None:
+            rounds.marks.update(read_marks(self.marks))
         strategy = around(*strategy_class(config.strategy), rounds)
         first = dict(like)
         if self.resumed is not None:
             first = {name: self.resumed.head[name] for name in like}
             rounds.history.extend(self.resumed.history)
             rounds.done = self.resumed.round
+            rounds.marks.update(self.resumed.marks)
             remember(strategy, self.resumed.memory)
 
         def after_round(number: int, arrays: ArrayRecord) -> MetricRecord | None:
@@ -143,12 +160,18 @@ class Coordinator:
                 self._checkpoint(rounds, strategy, plan, protocol.from_arrays(arrays, like))
             return None
 
-        found = strategy.start(
-            grid=self.grid,
-            initial_arrays=protocol.to_arrays(first),
-            num_rounds=config.training.rounds - rounds.done,
-            evaluate_fn=after_round,
-        )
+        try:
+            found = strategy.start(
+                grid=self.grid,
+                initial_arrays=protocol.to_arrays(first),
+                num_rounds=config.training.rounds - rounds.done,
+                evaluate_fn=after_round,
+            )
+        finally:
+            if self.marks is not None:
+                write_marks(self.marks, rounds.marks)
+            if rounds.central is not None:
+                rounds.central.close()
         head = protocol.from_arrays(found.arrays, like)
         final = self.evaluator(head)
         return Outcome(self._result(rounds, plan, final, time.perf_counter() - started), head)
@@ -174,7 +197,8 @@ class Coordinator:
     def _checkpoint(self, rounds: Rounds, strategy: FedAvg, plan: Plan, head: dict[str, Tensor]) -> None:
         done = rounds.history[-1].round
         memory = memory_of(strategy)
-        Checkpoint(self.key, plan.run, done, head, memory, rounds.history, self.metrics).write(self.out)
+        found = Checkpoint(self.key, plan.run, done, head, memory, rounds.history, self.metrics, rounds.marks)
+        found.write(self.out)
 
     def _evaluate(self, number: int, arrays: ArrayRecord) -> None:
         rounds = self.config.training.rounds
@@ -188,6 +212,15 @@ class Coordinator:
             name, value = next(iter(self.metrics[max(self.metrics)].items()))
             note = f"{name} {value:.3f}"
         progress.advance("rounds", number, rounds, note)
+
+    def _noised(self, record: RoundRecord) -> dict[str, Any]:
+        """The estimate from a round's noised counts, where there are any."""
+        metrics = self.config.privacy.metrics
+        if metrics is None or not record.counts:
+            return {}
+        counts = [record.counts[name] for name in sorted(record.counts)]
+        found = estimate(counts, self.desk.declared[0], metrics.fraction, metrics.noise_multiplier)
+        return {} if found is None else {"noised": found.to_row()}
 
     def _result(self, rounds: Rounds, plan: Plan, final: dict[str, float], seconds: float) -> Result:
         holder_seconds = sum(record.seconds for record in rounds.history)
@@ -208,6 +241,7 @@ class Coordinator:
                     "holders": record.holders,
                     "refused": record.refused,
                     "epsilon": spent,
+                    **self._noised(record),
                 }
                 for record, spent in zip(rounds.history, epsilons, strict=True)
             ],
@@ -240,7 +274,7 @@ def prepare(recipe: str, cache: str) -> Desk:
     task = make_task(config.task)
     folder = Path(cache) if cache else default_cache()
     test = featurize(config, backbone, split.test, folder, "test features")
-    declared = declared_records(config, len(split.train))
+    declared = declared_records(config, split.units)
     return Desk(
         config, backbone, task, make_trainable(config, backbone, task), test, declared, {"load_seconds": seconds}
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedhead.common.errors import InputError
+from fedhead.common.privacy.ledger import Mark
 from fedhead.common.results import write_aside
 from fedhead.server.rounds import RoundRecord
 
@@ -47,6 +48,8 @@ class Checkpoint:
     history : list of RoundRecord
     metrics : dict of int to metrics
         Of the evaluated rounds.
+    marks : mapping of str to Mark
+        Holder -> the last of its ledger that was seen.
     """
 
     recipe: str
@@ -56,6 +59,7 @@ class Checkpoint:
     memory: Mapping[str, Any]
     history: list[RoundRecord]
     metrics: dict[int, dict[str, float]]
+    marks: Mapping[str, Mark] = field(default_factory=dict)
 
     def write(self, out: Path) -> None:
         """Put the checkpoint in `out/checkpoints`, in place of the last one: a reader finds one or the other whole."""
@@ -66,6 +70,7 @@ class Checkpoint:
         state = {
             "recipe": self.recipe, "run": self.run, "round": self.round, "metrics": self.metrics,
             "history": [asdict(record) for record in self.history],
+            "marks": {name: list(mark) for name, mark in self.marks.items()},
             "lists": [name for name, value in self.memory.items() if not isinstance(value, dict)],
         }  # fmt: skip
         folder = out / FOLDER
@@ -104,6 +109,7 @@ class Checkpoint:
                 },
                 history=[RoundRecord(**record) for record in state["history"]],
                 metrics={int(number): metrics for number, metrics in state["metrics"].items()},
+                marks={name: Mark(*mark) for name, mark in state["marks"].items()},
             )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from fedhead.common.config.schema import RunConfig
 from fedhead.common.config.strategies import FedAvgM
-from fedhead.common.privacy.planning import noise_multiplier_for
 from fedhead.common.protocol import RoundRequest
+from fedhead.server.planned import central, counted, planned_noise, planned_steps
 
 # Chosen by measurement, see docs/defaults.md. The effective rate, learning rate times clipping norm over 1 - momentum,
 # is SIGNAL over the noise in one coordinate of the averaged gradient; the rate itself is at most MOST_STEP times
@@ -18,6 +18,9 @@ SIGNAL = 0.25
 MOST_STEP = 5.0
 SHARE_OF_MLP = 0.3
 SHARE_OF_UNFROZEN = 0.03
+# Under the unit "holder" what is clipped is a whole update. A rate of MOST_UPDATE clipping norms a round carries nearly
+# every update beyond the clipping norm, where its length says nothing and its direction all, see docs/defaults.md.
+MOST_UPDATE = 30.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Plan:
         Divisor of every holder's gradient sum.
     learning_rate : float
         Before the schedule.
+    plan_steps : int
+        Private steps that the whole run asks of a holder at most.
     """
 
     config: RunConfig
@@ -45,6 +50,7 @@ class Plan:
     noise_multiplier: float
     declared_records: int
     learning_rate: float
+    plan_steps: int = 1
 
     def request(self, number: int) -> RoundRequest:
         """The request of a round (from 1)."""
@@ -54,7 +60,7 @@ class Plan:
             round=number,
             task=c.task.kind,
             backbone=self.backbone,
-            mechanism=c.privacy.mechanism,
+            mechanism="none" if central(c) else c.privacy.mechanism,
             noise_multiplier=self.noise_multiplier,
             clipping_norm=c.privacy.clipping_norm,
             sample_rate=c.privacy.sample_rate,
@@ -65,6 +71,11 @@ class Plan:
             proximal_mu=getattr(c.strategy, "proximal_mu", 0.0),
             chunk=c.training.chunk,
             seed=c.run.seed,
+            unit=c.privacy.unit,
+            records_per_person=c.privacy.records_per_person if c.privacy.unit == "person" else None,
+            plan_steps=self.plan_steps,
+            delta=c.privacy.delta,
+            metrics_noise=c.privacy.metrics.noise_multiplier if c.privacy.metrics and counted(c, number) else None,
         )
 
 
@@ -76,16 +87,8 @@ def make_plan(config: RunConfig, run: str, backbone: str, declared_records: int,
     participations : int
         Most rounds that any one holder takes part in.
     """
-    privacy = config.privacy
-    if privacy.mechanism == "none":
-        noise = 0.0
-    elif privacy.noise_multiplier is not None:
-        noise = privacy.noise_multiplier
-    else:
-        assert privacy.epsilon is not None
-        steps = participations * config.training.local_steps
-        noise = noise_multiplier_for(privacy.epsilon, privacy.delta, privacy.mechanism, steps, privacy.sample_rate)
-    return Plan(config, run, backbone, noise, declared_records, learning_rate(config, noise, declared_records))
+    noise, steps = planned_noise(config, participations), planned_steps(config, participations)
+    return Plan(config, run, backbone, noise, declared_records, learning_rate(config, noise, declared_records), steps)
 
 
 def learning_rate(config: RunConfig, noise_multiplier: float, declared_records: int) -> float:
@@ -111,6 +114,8 @@ def learning_rate(config: RunConfig, noise_multiplier: float, declared_records: 
     most = share * MOST_STEP * (1 + momentum)
     if privacy.mechanism == "none":
         return most / steps
+    if central(config):
+        return share * min(MOST_UPDATE * privacy.clipping_norm, MOST_STEP) / steps
     cohort = config.holders.per_round or config.holders.count
     divisor = declared_records * (privacy.sample_rate or 1.0)
     # Standard deviation in a coordinate of the mean over the cohort's steps of a round, in units of the clipping norm.

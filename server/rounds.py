@@ -19,8 +19,11 @@ from torch import Tensor
 
 from fedhead.common import protocol
 from fedhead.common.errors import InputError, Refused, RunError
-from fedhead.common.privacy.events import event_of, from_json
+from fedhead.common.privacy.events import CountEvent, Event, NoPrivacyEvent, event_of, from_json
+from fedhead.common.privacy.ledger import Mark
 from fedhead.common.protocol import RoundRequest
+from fedhead.common.refusals import INVALID_REQUEST, UNSPENT
+from fedhead.server.central import Central
 from fedhead.server.cohorts import Cohorts
 
 ROUNDS_WITHOUT_UPDATE = 3
@@ -28,7 +31,10 @@ ROUNDS_WITHOUT_UPDATE = 3
 
 @dataclass
 class RoundRecord:
-    """What one round cost and who took part; `events` is holder -> mechanism event (JSON)."""
+    """What one round cost and who took part.
+
+    `events` is holder -> its mechanism events (JSON), `counts` is holder -> its noised count of correct answers.
+    """
 
     round: int
     seconds: float = 0.0
@@ -36,7 +42,8 @@ class RoundRecord:
     bytes_down: int = 0
     holders: int = 0
     refused: list[dict[str, Any]] = field(default_factory=list)
-    events: dict[str, str] = field(default_factory=dict)
+    events: dict[str, list[str]] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -56,6 +63,11 @@ class Rounds:
         Same weight for every holder instead of its declared record count.
     done : int
         Rounds of an earlier start of the same run: Flower counts from 1 again, we go on from here.
+    marks : dict of str to Mark
+        Holder -> the last of its ledger that was seen. It goes back with every request, so that a holder notices when
+        its ledger was replaced by an older copy.
+    central : Central, optional
+        Unit `holder`: clips and noises the updates before the strategy sees them.
     """
 
     cohorts: Cohorts
@@ -65,6 +77,8 @@ class Rounds:
     uniform: bool = False
     done: int = 0
     history: list[RoundRecord] = field(default_factory=list)
+    marks: dict[str, Mark] = field(default_factory=dict)
+    central: Central | None = None
 
 
 def around(base: type[FedAvg], options: Mapping[str, Any], rounds: Rounds) -> FedAvg:
@@ -105,13 +119,15 @@ class _InRounds(FedAvg):
     ) -> Iterable[Message]:
         """Ask the round's cohort, in the order of the holders' names."""
         server_round += self.rounds.done
-        self._started = time.perf_counter()
+        self._started, self._sent = time.perf_counter(), arrays
         names = self.rounds.cohorts.of_round(server_round)
         order = {self.rounds.nodes[name]: i for i, name in enumerate(names)}
         asked = protocol.round_config(self.rounds.request(server_round))
         cohort: Any = _Cohort(list(order))
         messages = list(super().configure_train(server_round, arrays, asked, cohort))
         messages.sort(key=lambda message: order[message.metadata.dst_node_id])
+        for name, message in zip(names, messages, strict=True):
+            message.content = protocol.with_mark(message.content, self.rounds.marks.get(name))
         down = protocol.payload_bytes(messages[0].content) * len(messages) if messages else 0
         self.rounds.history.append(RoundRecord(server_round, bytes_down=down))
         return messages
@@ -124,6 +140,10 @@ class _InRounds(FedAvg):
         record = self.rounds.history[-1]
         good = self._usable(list(replies), record)
         record.holders = len(good)
+        if self.rounds.central is not None:
+            asked = self.rounds.cohorts.of_round(server_round)
+            good = [self.rounds.central.combine(self.rounds.request(server_round), asked, self._sent, good)]
+            record.events = {name: [self.rounds.central.event.to_json()] for name in asked}
         arrays, metrics = super().aggregate_train(server_round, good) if good else (None, None)
         record.seconds = time.perf_counter() - self._started
         self._stop_if_alone(record)
@@ -153,17 +173,28 @@ class _InRounds(FedAvg):
             name = names.get(reply.metadata.src_node_id, str(reply.metadata.src_node_id))
             if reply.has_error():
                 holder, code, text = protocol.read_refusal(reply)
-                name = holder if holder in self.rounds.nodes else name
+                if reply.metadata.src_node_id not in names and holder in self.rounds.nodes:
+                    name = holder  # a node is the holder that it said it was first: nobody spends in another's name
                 record.refused.append({"holder": name, "code": code, "text": text})
+                if code not in UNSPENT:  # it may have been charged, or released: what was asked counts as spent
+                    record.events[name] = spent
                 continue
             record.bytes_up += protocol.payload_bytes(reply.content)
             # A release that arrived was spent, whatever becomes of it, so its event counts before anything is checked.
-            record.events[name] = _event(reply, spent)
+            record.events[name] = [_event(reply, spent[0]), *spent[1:]]
+            mark, count = protocol.read_mark(reply), protocol.read_count(reply)
+            if mark is not None:
+                self.rounds.marks[name] = mark
+            if count is not None and len(spent) > 1:
+                record.counts[name] = count
             try:
                 weight = protocol.read_update(reply, self.rounds.like)
-            except Refused:
-                record.refused.append({"holder": name, "code": 0, "text": "the update can't be used"})
-                continue
+            except Refused as refused:
+                # Under the unit `holder`, whether an update is finite is what the noise hides: it counts as zero.
+                if self.rounds.central is None or refused.code != INVALID_REQUEST:
+                    record.refused.append({"holder": name, "code": 0, "text": "the update can't be used"})
+                    continue
+                weight = wanted
             if weight != wanted:
                 protocol.set_weight(reply, wanted)
             good.append((name, reply))
@@ -183,17 +214,31 @@ class _InRounds(FedAvg):
             )
 
 
-def _asked(request: RoundRequest) -> str:
-    """The event that a request asks for, as JSON."""
-    return event_of(
+def _asked(request: RoundRequest) -> list[str]:
+    """The events that a request asks for, as JSON: the training's, then the count's."""
+    event = event_of(
         request.mechanism, request.noise_multiplier, request.clipping_norm, request.local_steps, request.sample_rate
-    ).to_json()
+    )
+    counted = [] if request.metrics_noise is None else [CountEvent(request.metrics_noise, 1.0, 1)]
+    return [one.to_json() for one in (event, *counted)]
 
 
 def _event(reply: Message, asked: str) -> str:
-    """The event that a holder says it released; where that can't be read, the one it was asked for."""
-    text = protocol.read_release(reply)[1]
+    """The event that a holder says it released where that spends more than what was asked; else what was asked."""
     try:
-        return from_json(text).to_json()
+        said = from_json(protocol.read_release(reply)[1])
     except InputError:
         return asked
+    return said.to_json() if _spends_more(said, from_json(asked)) else asked
+
+
+def _spends_more(said: Event, asked: Event) -> bool:
+    """Whether an event is the other with less noise or more steps, or has no privacy at all.
+
+    Nothing else is believed: a request fixes the event, so that any other event says that something is wrong, and
+    accountants take long for some of them.
+    """
+    if isinstance(said, NoPrivacyEvent) or isinstance(asked, NoPrivacyEvent) or type(said) is not type(asked):
+        return isinstance(said, NoPrivacyEvent)
+    sampled = getattr(said, "sample_rate", 1.0) >= getattr(asked, "sample_rate", 1.0)
+    return sampled and said.noise_multiplier <= asked.noise_multiplier and said.steps >= asked.steps

@@ -5,7 +5,7 @@ The holder's own ledger is the authority; this is what a run's result shows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fedhead.common.config import RunConfig
@@ -13,6 +13,11 @@ from fedhead.common.privacy.accounting import Spent, epsilon
 from fedhead.common.privacy.events import Event, from_json
 from fedhead.server.rounds import RoundRecord
 
+ADJACENCY: Mapping[str, str] = {
+    "record": "add or remove one record",
+    "person": "add or remove one person, with all their records at a holder",
+    "holder": "add or remove one holder",
+}
 ALL_ROUNDS = 1000  # longest run whose every round gets a figure, because each composes all rounds before it
 
 
@@ -48,13 +53,14 @@ def account(
     rounds: dict[str, list[int]] = {}
     path: list[float | None] = []
     for record in history:
-        for holder, text in record.events.items():
-            step = (at.get(holder, 0), text)
-            if step not in following:
-                following[step] = len(histories)
-                histories.append((step[0], from_json(text)))
-            at[holder] = following[step]
-            rounds.setdefault(holder, []).append(record.round)
+        for holder, texts in record.events.items():
+            for text in texts:
+                step = (at.get(holder, 0), text)
+                if step not in following:
+                    following[step] = len(histories)
+                    histories.append((step[0], from_json(text)))
+                at[holder] = following[step]
+                rounds.setdefault(holder, []).append(record.round)
         if not every and record.round not in shown and record is not history[-1]:
             path.append(None)
             continue
@@ -65,7 +71,7 @@ def account(
         {
             "holder": holder,
             "unit": config.privacy.unit,
-            "adjacency": "add or remove one record",
+            "adjacency": ADJACENCY[config.privacy.unit],
             "mechanism": config.privacy.mechanism,
             "accountant": spent[index].accountant,
             "epsilon": spent[index].epsilon,

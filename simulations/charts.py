@@ -1,4 +1,4 @@
-"""Which pictures a report shows: accuracy and epsilon by round, and how records are spread. plots.py draws them."""
+"""Which pictures a report shows: accuracy and epsilon by round, how records are spread. plots.py draws them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from markupsafe import Markup
 
-from fedhead.common.results import Result
+from fedhead.common.results import NOISE_BAR, Result
 from fedhead.simulations import plots
 from fedhead.simulations.show import metric_name, show_count, show_epsilon, show_metric, show_number
 
@@ -17,8 +17,8 @@ MOST_ROWS: Final = 30  # holders that a table shows unfolded and a picture shows
 
 
 def charts_of(result: Result, planned: Any) -> dict[str, Any]:
-    """Accuracy and epsilon by round; a chart that has nothing to show is None."""
-    charts: dict[str, Any] = {"metric": None, "epsilon": None}
+    """Accuracy, epsilon and estimates from noised counts by round; a chart that has nothing to show is None."""
+    charts: dict[str, Any] = {"metric": None, "epsilon": None, "noised": noised_chart(result)}
     names = ["accuracy", "auc_roc", *result.final]
     name = next((name for name in names if name in result.final), None)
     if name is not None:
@@ -60,6 +60,37 @@ def charts_of(result: Result, planned: Any) -> dict[str, Any]:
         )  # fmt: skip
         charts["epsilon"] = {"svg": svg, "last": spent[-1][1]}
     return charts
+
+
+def noised_chart(result: Result) -> dict[str, Any] | None:
+    """Accuracy estimated from noised counts, beside that on the test records; None where no holder released a count.
+
+    A count is of the head that its round began with, so it is shown at the round before.
+    """
+    rows = [row for row in result.rounds if row.get("noised") is not None]
+    if not rows:
+        return None
+    points = [
+        (row["round"] - 1, row["noised"]["accuracy"], NOISE_BAR * row["noised"]["standard_error"]) for row in rows
+    ]
+    line = [
+        (row["round"], row["metrics"]["accuracy"])
+        for row in result.rounds
+        if row["metrics"] is not None and math.isfinite(row["metrics"].get("accuracy", math.nan))
+    ]
+    last, after = rows[-1]["noised"], rows[-1]["round"] - 1
+    said = f"{show_metric(min(max(last['accuracy'], 0.0), 1.0))} ± {points[-1][2] * 100:.1f} points"
+    alt = (
+        f"Accuracy estimated from the holders' noised counts in {len(points)} round{'' if len(points) == 1 else 's'}; "
+        f"the last says {said}, for the head after round {after}."
+    )
+    return {
+        "svg": plots.estimates("noised", alt, points, line),
+        "said": said,
+        "after": after,
+        "holders": last["holders"],
+        "tested": result.final.get("accuracy") if line else None,
+    }
 
 
 def pictures_of(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> list[tuple[str, Markup]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from fedhead.common.progress import Listener
-from fedhead.common.results import Result
+from fedhead.common.results import NOISE_BAR, Result
+from fedhead.simulations.show import show_delta
 
+SHOWN = 30  # lines of holders in a terminal; --json has all
 _NAMES = {"accuracy": "accuracy", "auc_roc": "AUC-ROC", "loss": "loss"}
 
 
@@ -61,12 +63,27 @@ def show_result(result: Result, folder: Path) -> None:
         if metrics is not None:
             table.add_row(label, *(_number(metrics.get(name)) for name in names))
     out.print(table)
+    _show_noised(out, result)
     out.print()
     _show_privacy(out, result)
     _show_time(out, result)
     for note in result.notes:
         out.print(f"note: {note}", style="dim", soft_wrap=True)
     out.print(f"\nresults in {folder}\nreport  at {folder / 'report.html'}", soft_wrap=True)
+
+
+def _show_noised(out: Console, result: Result) -> None:
+    """The last estimate from noised counts; nothing where there is none."""
+    row = next((row for row in reversed(result.rounds) if row.get("noised") is not None), None)
+    if row is None:
+        return
+    found = row["noised"]
+    value, half = min(max(found["accuracy"], 0.0), 1.0), NOISE_BAR * found["standard_error"]
+    out.print(
+        f"noised counts: accuracy {_number(value)} ± {_number(half)} after round {row['round'] - 1}, from "
+        f"{found['holders']} holder(s); an estimate on records kept apart, over a declared number of them",
+        soft_wrap=True,
+    )
 
 
 def _show_privacy(out: Console, result: Result) -> None:
@@ -121,20 +138,92 @@ def show_seeds(summary: Mapping[str, Any]) -> None:
 
 
 def show_plan(found: Mapping[str, Any]) -> None:
-    """Noise and epsilon over rounds."""
+    """Noise, epsilon over rounds, and what the run would leave of the holders' budgets."""
     out = Console(highlight=False)
     out.print(
-        f"{found['mechanism']}, noise multiplier {found['noise_multiplier']:.4g}"
+        f"{found['mechanism']}, noise multiplier {_rounded_up(found['noise_multiplier'])}"
         + (f", sample rate {found['sample_rate']:g}" if found["sample_rate"] else "")
         + f", {found['local_steps']} local step(s) a round"
     )
+    if found["solved"] == "rounds":
+        most = ", the most that a recipe can have" if found["rounds"] == 100_000 else ""
+        out.print(f"{found['rounds']} rounds fit{most}")
     table = Table(pad_edge=False)
     table.add_column("rounds", justify="right")
-    table.add_column(f"epsilon at delta {found['delta']:g}", justify="right")
+    table.add_column(f"epsilon at delta {show_delta(found['delta'])}", justify="right")
     for row in found["table"]:
         table.add_row(str(row["rounds"]), _epsilon(row["epsilon"]))
     out.print(table)
-    out.print(f"counted by {found['accountant']}; every holder spends this, whatever the others do")
+    out.print(f"counted by {found['accountant']}; unit: {found['unit']}; neighbours: {found['adjacency']}")
+    if found["counts"]:
+        out.print(f"with {found['counts']} noised count(s) of correct answers")
+    if found["unit"] == "holder":
+        out.print("the server adds the noise and is trusted to do so; its own ledger counts")
+    if "holders" not in found:
+        out.print("every holder spends this, whatever the others do")
+        return
+    out.print()
+    _show_budgets(out, found["holders"])
+
+
+def _show_budgets(out: Console, entries: Sequence[Mapping[str, Any]]) -> None:
+    """What each holder would spend, and its budget; one line for all holders of whom everything is the same."""
+    budgeted = any(entry["budget"] is not None for entry in entries)
+    table = Table(title="what each holder would spend (epsilon)", title_justify="left", pad_edge=False)
+    table.add_column("holders", overflow="fold")
+    table.add_column("rounds", justify="right")
+    table.add_column("run", justify="right")
+    for name in ("now", "then", "of", "left") if budgeted else ():
+        table.add_column(name, justify="right")
+    table.add_column("fits")
+    for entry in entries[:SHOWN]:
+        names, budget = entry["holders"], entry["budget"]
+        label = names[0] if len(names) == 1 else f"{names[0]} +{len(names) - 1}"
+        figures = [""] * (4 if budgeted else 0)
+        if budget is not None:
+            figures = [_epsilon(budget[name]) for name in ("spent_before", "spent_after", "epsilon")]
+            figures.append(_rounded_down(budget["left_after"]))
+        good = entry["refused"] is None and (budget is None or budget["admitted"])
+        table.add_row(label, str(entry["rounds"]), _epsilon(entry["epsilon"]), *figures, "yes" if good else "no")
+    if len(entries) > SHOWN:
+        table.add_row(f"and {len(entries) - SHOWN} more lines")
+    out.print(table)
+    budgets = {(b["domain"], b["delta"]) for entry in entries if (b := entry["budget"]) is not None}
+    said = [f"domain {domain} at delta {show_delta(delta)}" for domain, delta in sorted(budgets)][:5]
+    if said:
+        out.print("; ".join(said))
+        out.print("now, then: spent before and after; left: what one more run may cost")
+    else:
+        out.print("no holder's budget counts here: what is spent is written down, without a limit")
+    for text in dict.fromkeys(filter(None, map(_why, entries))):
+        out.print(text)
+
+
+def _why(entry: Mapping[str, Any]) -> str:
+    """What is to be said about an entry that is not admitted, or mixes units; empty where nothing is."""
+    budget, said = entry["budget"], []
+    if entry["refused"] is not None:
+        return f"refused by the holders' limits: {entry['refused']}"
+    if budget is not None and not budget["admitted"]:
+        what = "the budget" if budget["limit"] == "budget" else "the limit of one run"
+        said.append(f"{entry['holders'][0]}: {what} allows {budget['rounds_admitted']} of its {entry['rounds']} rounds")
+    if budget is not None and budget["other_units"]:
+        units = ", ".join(budget["other_units"])
+        said.append(f"{entry['holders'][0]}: its ledger has the unit {units} too; epsilons of two units don't add up")
+    return "\n".join(said)
+
+
+def _rounded_up(value: float) -> str:
+    """Noise with four digits, rounded up, so that whoever types it in stays within epsilon."""
+    if value < 1e-6:
+        return f"{value:.4g}"
+    step = 10.0 ** (math.floor(math.log10(value)) - 3)
+    return f"{math.ceil(value / step * (1 - 1e-12)) * step:.4g}"
+
+
+def _rounded_down(value: float) -> str:
+    """What is left, never more than there is."""
+    return f"{math.floor(value * 1000) / 1000:.3f}"
 
 
 def _number(value: float | None) -> str:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import copy
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
+
+Expect = Callable[[Sequence[tuple[Message, Context]]], None]
 
 SERVER_NODE = 1
 FIRST_NODE = 1000
@@ -31,10 +33,14 @@ class InProcessGrid(Grid):
     contexts : dict of int to Context
         By node id; each keeps its state over rounds.
     run_id : int
+    expect : callable, optional
+        Told of all messages of a batch, with their contexts, before the first is delivered.
     """
 
-    def __init__(self, client: ClientApp, contexts: dict[int, Context], run_id: int) -> None:
-        self.client, self.contexts, self.run_id = client, contexts, run_id
+    def __init__(
+        self, client: ClientApp, contexts: dict[int, Context], run_id: int, expect: Expect | None = None
+    ) -> None:
+        self.client, self.contexts, self.run_id, self.expect = client, contexts, run_id, expect
         self._replies: dict[str, Message] = {}
 
     def set_run(self, run: Any) -> None:
@@ -62,7 +68,9 @@ class InProcessGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Deliver messages one after another and keep the replies."""
-        ids = []
+        ids, messages = [], list(messages)
+        if self.expect is not None:
+            self.expect([(message, self.contexts[message.metadata.dst_node_id]) for message in messages])
         for message in messages:
             metadata = message.metadata.__dict__
             metadata["_message_id"] = uuid.uuid4().hex
@@ -92,7 +100,9 @@ class InProcessGrid(Grid):
             return Message(Error(APP_RAISED, "the client app raised an exception"), reply_to=message)
 
 
-def run_in_process(server: ServerApp, client: ClientApp, holders: int, run_config: Mapping[str, Any]) -> None:
+def run_in_process(
+    server: ServerApp, client: ClientApp, holders: int, run_config: Mapping[str, Any], expect: Expect | None = None
+) -> None:
     """Run both apps to the end in this process.
 
     Parameters
@@ -101,6 +111,8 @@ def run_in_process(server: ServerApp, client: ClientApp, holders: int, run_confi
         Number of nodes; node i gets `partition-id = i`, as under Flower's own simulation.
     run_config : mapping
         As a user of Flower would give it.
+    expect : callable, optional
+        Told of all messages of a round before the first is delivered.
     """
     run_id = uuid.uuid4().int >> 65
     config = dict(run_config)
@@ -115,6 +127,6 @@ def run_in_process(server: ServerApp, client: ClientApp, holders: int, run_confi
         )
         for i in range(holders)
     }
-    grid = InProcessGrid(client, contexts, run_id)
+    grid = InProcessGrid(client, contexts, run_id, expect)
     context = Context(run_id=run_id, node_id=SERVER_NODE, node_config={}, state=RecordDict(), run_config=config)
     server(grid, context)

@@ -19,18 +19,34 @@ from fedhead.common.tasks import make_task
 from fedhead.server import app as server_app
 from fedhead.simulations.engine import run_in_process
 from fedhead.simulations.insight import holders_of, notes_of
+from fedhead.simulations.ledgers import MARKS, export, ledger_of
 from fedhead.simulations.prepared import Prepared
 
 Engine = Literal["inprocess", "ray"]
 
 
 def run(
-    prepared: Prepared, folder: Path, name: str, engine: Engine, cache: Path | None, resume: bool = False
+    prepared: Prepared,
+    folder: Path,
+    name: str,
+    engine: Engine,
+    cache: Path | None,
+    resume: bool = False,
+    state: str | Path | None = None,
 ) -> Result:
-    """One run from prepared features, its comparison without privacy, and the result folder."""
+    """One run from prepared features, its comparison without privacy, and the result folder.
+
+    Parameters
+    ----------
+    state : path, optional
+        Folder that keeps the holders' ledgers between runs; default: the folder of the run.
+    """
     started = time.perf_counter()
     config = prepared.config
-    result = federate(prepared, config, folder, engine, cache, resume)
+    ledger = ledger_of(folder, state)
+    marks = None if state is None else Path(state) / MARKS
+    result = federate(prepared, config, folder, engine, cache, resume, ledger, marks)
+    export(ledger, folder)
     finished = time.perf_counter()
     baseline = result.final if config.privacy.mechanism == "none" else None
     if config.run.baseline and baseline is None:
@@ -53,15 +69,35 @@ def run(
 
 
 def federate(
-    prepared: Prepared, config: RunConfig, folder: Path, engine: Engine, cache: Path | None, resume: bool = False
+    prepared: Prepared,
+    config: RunConfig,
+    folder: Path,
+    engine: Engine,
+    cache: Path | None,
+    resume: bool = False,
+    ledger: Path | None = None,
+    marks: Path | None = None,
 ) -> Result:
-    """Run both apps to the end; the server leaves its result in the folder."""
+    """Run both apps to the end; the server leaves its result in the folder.
+
+    Parameters
+    ----------
+    ledger : Path or None
+        Of all simulated holders; None for the comparison without privacy, whose head is thrown away.
+    marks : Path or None
+        What the server remembers of the ledgers between runs.
+    """
     key = to_json(config)
     task = make_task(config.task)
-    declared = server_app.declared_records(config, len(prepared.train))
+    declared = server_app.declared_records(config, prepared.split.units)
     trainable = make_trainable(config, prepared.backbone, task)
-    desk = server_app.Desk(config, prepared.backbone, task, trainable, prepared.test, declared, dict(prepared.timing))
-    run_config = {"recipe": key, "out": str(folder), "cache": str(cache or ""), "resume": resume}
+    timing = dict(prepared.timing)
+    desk = server_app.Desk(config, prepared.backbone, task, trainable, prepared.test, declared, timing, simulated=True)
+    run_config = {
+        "recipe": key, "out": str(folder), "cache": str(cache or ""), "resume": resume,
+        "ledger": "" if ledger is None else str(ledger.absolute()), "marks": str(marks or ""),
+    }  # fmt: skip
+    mine: workplace.Workplace | None = None
     server_app.offer(key, desk)
     try:
         if engine == "ray":
@@ -74,13 +110,16 @@ def federate(
                 prepared.backbone.digest,
                 make_trainable(config, prepared.backbone, task),
                 prepared.train,
-                prepared.split.holders,
+                prepared.split,
+                ledger,
             )
             workplace.offer(key, mine)
-            run_in_process(server_app.app, client_app.app, config.holders.count, run_config)
+            run_in_process(server_app.app, client_app.app, config.holders.count, run_config, client_app.expect)
     finally:
         server_app.withdraw(key)
         workplace.withdraw(key)
+        if mine is not None:
+            mine.admission.close()
     return Result.read(folder)
 
 
@@ -91,9 +130,13 @@ def without_privacy(config: RunConfig) -> RunConfig:
         "privacy.epsilon": None,
         "privacy.noise_multiplier": None,
         "privacy.sample_rate": None,
+        "privacy.metrics": None,
+        "holders.budget": None,
+        "holders.limits": None,
     }
     given = config.training.optimizer.learning_rate
-    if isinstance(config.training.optimizer, SGD) and given is not None:
+    # under the unit holder what is clipped is the update, and the rate is the same with and without clipping
+    if isinstance(config.training.optimizer, SGD) and given is not None and config.privacy.unit != "holder":
         changes["training.optimizer.learning_rate"] = given * config.privacy.clipping_norm
     return changed(config, changes)
 

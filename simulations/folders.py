@@ -14,11 +14,13 @@ from pathlib import Path
 
 from fedhead.common.errors import InputError
 from fedhead.common.results import FILE
+from fedhead.server.central import LEDGER as SERVER_LEDGER
 from fedhead.server.checkpoints import FILE as CHECKPOINT
 from fedhead.server.checkpoints import FOLDER as CHECKPOINTS
 from fedhead.simulations.logs import FILE as LOG
 
 SEEDS = "seeds.json"
+HOLDERS = "holders"
 
 log = logging.getLogger("fedhead")
 
@@ -76,7 +78,7 @@ def claimed(out: Path | None, name: str) -> Iterator[Path]:
         except BaseException as error:
             keep = set() if isinstance(error, InputError | KeyboardInterrupt) else {LOG}
             if (folder / CHECKPOINTS / CHECKPOINT).exists():
-                keep.add(CHECKPOINTS)
+                keep |= {CHECKPOINTS, HOLDERS, SERVER_LEDGER}
                 log.warning("the last checkpoint is kept: give --out %s --resume to go on from it", folder)
             _undo(folder, before | keep, made)
             raise

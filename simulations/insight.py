@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedhead.client import workplace
+from fedhead.common.data.persons import names_of
 from fedhead.common.preparation import make_trainable
 from fedhead.common.results import Result
 from fedhead.common.tasks import make_task
@@ -35,6 +36,7 @@ def holders_of(prepared: Prepared, folder: Path) -> list[dict[str, Any]]:
             {
                 "name": workplace.holder_name(number),
                 "records": len(part),
+                **({} if split.persons is None else {"persons": len(split.persons[number])}),
                 "labels": dict(zip(config.task.labels, counts.tolist(), strict=True)),
                 "metrics": task.metrics(outputs[mine], source.targets[mine]) if len(mine) else {},
                 "metrics_on": "held-out records" if held_out else "its own training records",
@@ -54,7 +56,13 @@ def notes_of(prepared: Prepared, result: Result) -> list[str]:
     if prepared.config.privacy.mechanism == "none":
         notes.append("This run had no privacy: nothing was clipped, no noise was added, epsilon is infinite.")
     else:
+        if prepared.config.privacy.unit == "holder":
+            notes.append(
+                "What is protected is each holder's whole update, and the server adds the noise: it sees every update "
+                "and is trusted to do so. Which holders were asked and answered is not hidden."
+            )
         notes.append("Noise came from the seed, as in every simulation. Deployed holders draw it on their own machine.")
+    notes += _persons_notes(prepared)
     corrupt = int((~prepared.train.features.finite()).sum())
     if corrupt:
         notes.append(f"{corrupt} training records could not be read or gave no finite features; they count as zero.")
@@ -62,3 +70,24 @@ def notes_of(prepared: Prepared, result: Result) -> list[str]:
     if missing:
         notes.append(f"{missing} updates are missing: a holder failed in that round, see {HOLDERS_LOG} in the folder.")
     return notes
+
+
+def _persons_notes(prepared: Prepared) -> list[str]:
+    """What epsilon doesn't say of persons."""
+    privacy, split = prepared.config.privacy, prepared.split
+    if privacy.person is None or privacy.unit == "holder" or privacy.mechanism == "none":
+        return []
+    if privacy.unit == "record":
+        return [
+            f'Every epsilon here is for one record. privacy.person is "{privacy.person}": somebody with several '
+            'records is protected less than it says. Set privacy.unit = "person" for figures that hold for persons.'
+        ]
+    names = names_of(split.train, privacy.person)
+    _, holders = np.unique(np.concatenate([np.unique(names[part]) for part in split.holders]), return_counts=True)
+    several = int((holders > 1).sum())
+    if not several:
+        return []
+    return [
+        f"{several} persons have records at more than one holder: each of them pays the sum of what those holders "
+        "spent, which is more than any epsilon here. Holders can't know that of each other."
+    ]

@@ -105,6 +105,54 @@ def curve(
         return _svg(figure, name, alt)
 
 
+def estimates(
+    name: str,
+    alt: str,
+    points: Sequence[tuple[int, float, float]],
+    line: Sequence[tuple[int, float]] = (),
+) -> Markup:
+    """Estimates of a share by round, each with what it may be off by, beside a line that is known.
+
+    Parameters
+    ----------
+    name, alt
+        As in `curve`.
+    points : sequence of (int, float, float)
+        Round, estimate, and half the length of its bar; finite. What lies outside 0 to 1 is cut off.
+    line : sequence of (int, float)
+        Round and value.
+    """
+    with _styled(name):
+        figure, axes = _axes(440, 230)
+        if line:
+            axes.plot(
+                [point[0] for point in line], [point[1] for point in line], color=_VARIABLES["accent"], linewidth=1.6,
+                zorder=2,
+            )  # fmt: skip
+        rounds = [point[0] for point in points]
+        shown = [min(max(value, 0.0), 1.0) for _, value, _ in points]
+        low = [max(value - half, 0.0) for _, value, half in points]
+        high = [min(value + half, 1.0) for _, value, half in points]
+        # an interval wholly outside 0 to 1 leaves its point at the rim
+        axes.vlines(
+            rounds, np.minimum(low, shown), np.maximum(high, shown), color=_VARIABLES["privacy"], linewidth=1.8,
+            alpha=0.55, zorder=3,
+        )  # fmt: skip
+        axes.plot(
+            rounds, shown, "o", color=_VARIABLES["privacy"], markersize=5.5, markeredgecolor=_VARIABLES["card"],
+            markeredgewidth=1.2, zorder=4, clip_on=False,
+        )  # fmt: skip
+        values = [*low, *high, *shown, *(value for _, value in line)]
+        room = (max(values) - min(values) or 0.1) * 0.08
+        axes.set_ylim(min(values) - room, max(values) + room)
+        axes.set_xlim(0, max(1, *rounds, *(point[0] for point in line)))
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
+        axes.set_xlabel("round")
+        return _svg(figure, name, alt)
+
+
 def label_bars(name: str, alt: str, holders: Sequence[str], counts: np.ndarray, labels: Sequence[str]) -> Markup:
     """Records of each holder, split by label: counts (holders, K), K at most LABEL_COLOURS."""
     with _styled(name):

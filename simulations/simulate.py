@@ -45,7 +45,8 @@ def simulate(
     name : str, optional
         Shown in the result and the report; default: the recipe's.
     state : path, optional
-        Folder that keeps the feature cache between runs; default: the user's cache folder.
+        Folder that keeps the holders between runs: their ledgers, and with them what they have spent, and the feature
+        cache. Default: holders of this run alone, and the user's cache folder.
     engine : "inprocess" or "ray"
         Where the holders run.
     resume : bool
@@ -69,7 +70,7 @@ def simulate(
     name = name or ("run" if isinstance(recipe, RunConfig) else Path(str(recipe)).stem)
     with at_work(config, out, name, progress_listener) as folder:
         prepared = prepare(config, cache_folder(state))
-        return run(prepared, folder, name, engine, cache_folder(state), resume)
+        return run(prepared, folder, name, engine, cache_folder(state), resume, state)
 
 
 def simulate_seeds(
@@ -98,7 +99,7 @@ def simulate_seeds(
         for seed in range(config.run.seed, config.run.seed + seeds):
             one = changed(config, {"run.seed": seed})
             prepared = prepare(one, cache_folder(state))
-            results.append(run(prepared, folder / f"seed-{seed}", name, engine, cache_folder(state)))
+            results.append(run(prepared, folder / f"seed-{seed}", name, engine, cache_folder(state), state=state))
         summary = _over_seeds(results)
         write_aside(folder / SEEDS, (json.dumps(summary, indent=1) + "\n").encode())
     return {**summary, "folder": str(folder)}

@@ -94,13 +94,36 @@ def _reach(s: Sections) -> Iterator[str]:
 
 
 def _unit(s: Sections) -> Iterator[str]:
-    if s.privacy is not None and s.privacy.unit != "record":
+    p = s.privacy
+    if p is None:
+        return
+    if p.unit == "person" and p.person is None:
+        yield (
+            'privacy.person is missing: it must name a column when privacy.unit is "person". '
+            'Set the column that says whose record it is, such as "patient_id".'
+        )
+    if p.unit == "holder" and p.mechanism == "poisson":
         yield fault(
-            "privacy.unit", s.privacy.unit, 'this version protects the unit "record" only',
-            'Set privacy.unit = "record", and don\'t read its epsilon as one of persons with several records.',
+            "privacy.mechanism", p.mechanism, 'the unit "holder" claims no amplification by sampling',
+            'Set privacy.mechanism = "full-batch".',
         )  # fmt: skip
-    if s.privacy is not None and s.privacy.unit == "record" and s.privacy.person is not None:
-        yield fault("privacy.person", s.privacy.person, 'it has no meaning when privacy.unit is "record"', "Remove it.")
+    if p.unit == "holder" and p.metrics is not None:
+        yield (
+            'privacy.metrics is given: its noise hides records, and privacy.unit is "holder". '
+            "Remove it: units are never mixed in one figure."
+        )
+    if p.metrics is not None and p.mechanism == "none":
+        yield 'privacy.metrics is given: it has no meaning when privacy.mechanism is "none". Remove it.'
+    if p.metrics is not None and s.training is not None and p.metrics.every > s.training.rounds:
+        yield fault(
+            "privacy.metrics.every", p.metrics.every, f"it must be at most training.rounds, {s.training.rounds}",
+            "Lower it.",
+        )  # fmt: skip
+    if p.person is not None and s.data is not None and p.person in s.data.columns.values():
+        yield fault(
+            "privacy.person", p.person, "it must be a column of its own, not an input or label",
+            "Name the column that says whose record it is.",
+        )  # fmt: skip
 
 
 def _test(s: Sections) -> Iterator[str]:
@@ -192,6 +215,28 @@ def _schedule(s: Sections) -> Iterator[str]:
         )  # fmt: skip
 
 
+def _budget(s: Sections) -> Iterator[str]:
+    budget = None if s.holders is None else s.holders.budget
+    if budget is None or s.privacy is None:
+        return
+    if budget.per_run is not None and budget.per_run.epsilon > budget.epsilon:
+        yield fault(
+            "holders.budget.per_run.epsilon", budget.per_run.epsilon,
+            f"it must be at most holders.budget.epsilon, {budget.epsilon:g}", "Lower it.",
+        )  # fmt: skip
+    share = budget.poisson_share
+    if s.privacy.mechanism == "poisson" and share == 0:
+        yield fault(
+            "holders.budget.poisson_share", share, 'it must be more than 0 when privacy.mechanism is "poisson"',
+            "Set the share of the budget that Poisson plans may spend, such as 1.0.",
+        )  # fmt: skip
+    if s.privacy.mechanism == "full-batch" and share == 1:
+        yield fault(
+            "holders.budget.poisson_share", share, 'it must be less than 1 when privacy.mechanism is "full-batch"',
+            "Lower it or leave it out.",
+        )  # fmt: skip
+
+
 CHECKS: tuple[Callable[[Sections], Iterator[str]], ...] = (
-    _labels, _model, _test, _holders, _noise, _reach, _unit, _schedule,
+    _labels, _model, _test, _holders, _noise, _reach, _unit, _budget, _schedule,
 )  # fmt: skip

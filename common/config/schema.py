@@ -1,7 +1,8 @@
 """The recipe of a run: one table a section, every setting with its rule, its meaning and what to do when it is wrong.
 
 Each setting's ``description`` becomes its row in docs/recipes.md. Rules that span several settings are in checks.py.
-Settings that change the privacy guarantee stand in ``[privacy]`` and in ``data.declared_records``, and nowhere else.
+Settings that change the privacy guarantee stand in ``[privacy]`` (privacy.py) and in ``data.declared_records``, and
+nowhere else.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, Tag
 
+from fedhead.common.config.limits import Budget, Limits
+from fedhead.common.config.privacy import PrivacySettings as PrivacySettings
 from fedhead.common.config.strategies import FedAvgM, Strategy
 from fedhead.common.config.tables import Table, by_kind
 
@@ -129,8 +132,9 @@ class DataSettings(Table):
     declared_records: int | None = Field(
         None,
         ge=1,
-        description="A public constant a holder: the divisor of its gradient sum and its weight. Never the true "
-        "count. Left out in a simulation, it is taken from the size of the simulated data, and the result says so.",
+        description="A public constant a holder: the divisor of its gradient sum and its weight, in units (persons "
+        "under the unit `person`). Never the true count. Left out in a simulation, it is taken from the size of the "
+        "simulated data, and the result says so.",
     )
 
 
@@ -197,30 +201,12 @@ class HolderSettings(Table):
         "and no privacy amplification is claimed from them.",
     )
     partition: Partition = Field(default_factory=IidPartition, description="How records are spread over holders.")
-
-
-class PrivacySettings(Table):
-    """What is promised to whom, and by which mechanism."""
-
-    unit: Literal["record", "person", "holder"] = Field("record", description="Whose presence is hidden.")
-    person: str | None = Field(None, description="The column that says whose record it is (unit `person`).")
-    mechanism: Literal["full-batch", "poisson", "none"] = Field(
-        "full-batch",
-        description="`full-batch`: every record in every step, exact Gaussian accounting. `poisson`: each step "
-        "takes each record with probability `sample_rate`. `none`: no clipping, no noise, epsilon is infinite.",
+    budget: Budget | None = Field(
+        None,
+        description="What each simulated holder may spend in all runs on the same `--state`. Default: no limit, "
+        "everything is written down.",
     )
-    epsilon: float | None = Field(None, gt=0, description="Most that the whole run may spend at each holder.")
-    noise_multiplier: float | None = Field(
-        None, gt=0, le=1e6, description="Noise standard deviation over clipping norm, instead of `epsilon`."
-    )
-    delta: float = Field(1e-5, gt=0, lt=1, description="The delta that goes with epsilon.")
-    sample_rate: float | None = Field(None, gt=0, lt=1, description="Probability of each record in a step (poisson).")
-    clipping_norm: float = Field(
-        0.3,
-        gt=0,
-        le=1e6,
-        description="Most that one record can move the gradient sum (L2 norm over all trained parameters).",
-    )
+    limits: Limits | None = Field(None, description="What each simulated holder accepts. Default: any request.")
 
 
 class SGD(Table):

@@ -11,7 +11,7 @@ import inspect
 import io
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from fedhead.common.config.schema import (
     ShardPartition,
     SizePartition,
 )
+from fedhead.common.data.persons import codes_of, majority_labels, names_of
 from fedhead.common.data.records import Records
 from fedhead.common.errors import DataError
 from fedhead.common.loading import load_reference
@@ -31,10 +32,11 @@ from fedhead.common.loading import load_reference
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Spread = Callable[[Records, HolderSettings, int], list[np.ndarray]]
+Spread = Callable[[Records, HolderSettings, int, str], list[np.ndarray]]
+"""(records, settings, seed, what a record stands for in messages: "record" or "person") -> rows of each holder"""
 
 
-def _iid(records: Records, settings: HolderSettings, seed: int) -> list[np.ndarray]:
+def _iid(records: Records, settings: HolderSettings, seed: int, unit: str) -> list[np.ndarray]:
     from flwr_datasets.partitioner import IidPartitioner
 
     order = np.random.default_rng(seed).permutation(len(records))
@@ -44,7 +46,7 @@ def _iid(records: Records, settings: HolderSettings, seed: int) -> list[np.ndarr
     return [partitioner.load_partition(holder).data.column("index").to_numpy() for holder in range(settings.count)]
 
 
-def _dirichlet(records: Records, settings: HolderSettings, seed: int) -> list[np.ndarray]:
+def _dirichlet(records: Records, settings: HolderSettings, seed: int, unit: str) -> list[np.ndarray]:
     from flwr_datasets.partitioner import DirichletPartitioner
 
     assert isinstance(settings.partition, DirichletPartition)
@@ -57,12 +59,12 @@ def _dirichlet(records: Records, settings: HolderSettings, seed: int) -> list[np
         return _assigned(partitioner, settings.count)
     except (ValueError, FloatingPointError):  # all of its attempts left a holder without a record
         raise DataError(
-            f"holders.partition.alpha is {alpha}: {settings.count} holders of {len(records)} records can't all get a "
-            "record. Give a larger alpha, fewer holders, or more records."
+            f"holders.partition.alpha is {alpha}: {settings.count} holders of {len(records)} {unit}s can't all get a "
+            f"{unit}. Give a larger alpha, fewer holders, or more {unit}s."
         ) from None
 
 
-def _shards(records: Records, settings: HolderSettings, seed: int) -> list[np.ndarray]:
+def _shards(records: Records, settings: HolderSettings, seed: int, unit: str) -> list[np.ndarray]:
     from flwr_datasets.partitioner import ShardPartitioner
 
     assert isinstance(settings.partition, ShardPartition)
@@ -70,7 +72,7 @@ def _shards(records: Records, settings: HolderSettings, seed: int) -> list[np.nd
     if total > len(records):
         raise DataError(
             f"holders.partition.shards is {each}: {settings.count} holders need {total} shards, and there are "
-            f"{len(records)} records. Give fewer shards or fewer holders."
+            f"{len(records)} {unit}s. Give fewer shards or fewer holders."
         )
     shuffled = np.random.default_rng(seed).permutation(len(records))
     by_label = shuffled[np.argsort(records.labels[shuffled], kind="stable")]
@@ -83,7 +85,7 @@ def _shards(records: Records, settings: HolderSettings, seed: int) -> list[np.nd
     return [np.concatenate([pieces[shard] for shard in dealt]) for dealt in _assigned(partitioner, settings.count)]
 
 
-def _by_column(records: Records, settings: HolderSettings, seed: int) -> list[np.ndarray]:
+def _by_column(records: Records, settings: HolderSettings, seed: int, unit: str) -> list[np.ndarray]:
     from flwr_datasets.partitioner import NaturalIdPartitioner
 
     assert isinstance(settings.partition, ColumnPartition)
@@ -111,7 +113,7 @@ def _by_column(records: Records, settings: HolderSettings, seed: int) -> list[np
     return _assigned(partitioner, settings.count)
 
 
-def _sizes(records: Records, settings: HolderSettings, seed: int) -> list[np.ndarray]:
+def _sizes(records: Records, settings: HolderSettings, seed: int, unit: str) -> list[np.ndarray]:
     from flwr_datasets.partitioner import SizePartitioner
 
     assert isinstance(settings.partition, SizePartition)
@@ -123,7 +125,7 @@ def _sizes(records: Records, settings: HolderSettings, seed: int) -> list[np.nda
         )
     if sum(sizes) > len(records):
         raise DataError(
-            f"holders.partition.sizes add up to {sum(sizes)}: there are {len(records)} records. Give smaller sizes."
+            f"holders.partition.sizes add up to {sum(sizes)}: there are {len(records)} {unit}s. Give smaller sizes."
         )
     order = np.random.default_rng(seed).permutation(len(records))
     partitioner = SizePartitioner(list(sizes))
@@ -150,7 +152,7 @@ PARTITIONERS: Mapping[str, Partitioner] = {
 }
 
 
-def partition(records: Records, settings: HolderSettings, seed: int) -> list[np.ndarray]:
+def partition(records: Records, settings: HolderSettings, seed: int, unit: str = "record") -> list[np.ndarray]:
     """Spread records over holders.
 
     Parameters
@@ -159,6 +161,8 @@ def partition(records: Records, settings: HolderSettings, seed: int) -> list[np.
     settings : HolderSettings
     seed : int
         The same records, settings and seed give the same parts.
+    unit : "record" or "person"
+        What a record stands for, in messages.
 
     Returns
     -------
@@ -173,25 +177,58 @@ def partition(records: Records, settings: HolderSettings, seed: int) -> list[np.
     """
     if settings.count > len(records):
         raise DataError(
-            f"holders.count is {settings.count}: there are only {len(records)} records to spread. Give fewer holders "
-            "or more records."
+            f"holders.count is {settings.count}: there are only {len(records)} {unit}s to spread. Give fewer holders "
+            f"or more {unit}s."
         )
     chosen = settings.partition
     if isinstance(chosen, ModulePartition):
-        parts = _module(records, chosen, settings.count, seed)
+        parts = _module(records, chosen, settings.count, seed, unit)
     else:
-        parts = PARTITIONERS[chosen.kind].spread(records, settings, seed)
+        parts = PARTITIONERS[chosen.kind].spread(records, settings, seed, unit)
     parts = [np.sort(np.asarray(part, dtype=np.int64)) for part in parts]
     empty = sum(len(part) == 0 for part in parts)
     if empty:
         raise DataError(
-            f'holders.partition.kind is "{chosen.kind}": {empty} of {settings.count} holders get no record. Give fewer '
+            f'holders.partition.kind is "{chosen.kind}": {empty} of {settings.count} holders get no {unit}. Give fewer '
             "holders, or another partition."
         )
     return parts
 
 
-def _module(records: Records, chosen: ModulePartition, holders: int, seed: int) -> list[np.ndarray]:
+def partition_persons(records: Records, settings: HolderSettings, seed: int, column: str) -> list[np.ndarray]:
+    """Spread persons over holders: all records of a person at one.
+
+    Parameters
+    ----------
+    records : Records
+    settings : HolderSettings
+    seed : int
+    column : str
+        Whose record it is.
+
+    Returns
+    -------
+    list of int64 arrays, one a holder
+        Rows of `records`, as `partition` gives them. Every kind of partition sees one record a person, labelled with
+        the person's most frequent label; sizes are numbers of persons. `by-column` alone goes by the records' own
+        column, and somebody may then be at several holders.
+
+    Raises
+    ------
+    DataError
+        As `partition`, of persons; or when a record has no person.
+    """
+    codes, first = codes_of(names_of(records, column))
+    if isinstance(settings.partition, ColumnPartition):
+        return partition(records, settings, seed)
+    persons = replace(records.select(first), labels=majority_labels(codes, records.labels))
+    owner = np.full(len(first), -1)
+    for holder, part in enumerate(partition(persons, settings, seed, "person")):
+        owner[part] = holder
+    return [np.flatnonzero(owner[codes] == holder) for holder in range(settings.count)]
+
+
+def _module(records: Records, chosen: ModulePartition, holders: int, seed: int, unit: str) -> list[np.ndarray]:
     """Parts from a partitioner of the user's own, checked: one a holder, disjoint, within the records."""
     spread = load_reference(chosen.kind, "holders.partition.kind")
     shown = f'holders.partition.kind is "{chosen.kind}"'
@@ -208,12 +245,12 @@ def _module(records: Records, chosen: ModulePartition, holders: int, seed: int) 
     if len(parts) != holders:
         raise DataError(f"{shown}: it gave {len(parts)} parts for {holders} holders. Return one index array a holder.")
     if any(part.ndim != 1 or (part.size and part.dtype.kind not in "iu") for part in parts):
-        raise DataError(f"{shown}: a part must be a flat array of integers. Return the positions of its records.")
+        raise DataError(f"{shown}: a part must be a flat array of integers. Return the positions of its {unit}s.")
     positions = np.concatenate(parts)
     if positions.size and (positions.min() < 0 or positions.max() >= len(records)):
-        raise DataError(f"{shown}: it gave positions outside 0 to {len(records) - 1}. Return positions of records.")
+        raise DataError(f"{shown}: it gave positions outside 0 to {len(records) - 1}. Return positions of {unit}s.")
     if len(np.unique(positions)) != len(positions):
-        raise DataError(f"{shown}: it gave a record to two holders. Return disjoint index arrays.")
+        raise DataError(f"{shown}: it gave a {unit} to two holders. Return disjoint index arrays.")
     return parts
 
 

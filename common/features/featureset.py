@@ -15,13 +15,13 @@ BLOCK = 65_536  # rows looked at at once
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FeatureSet:
-    """Features of N records.
+    """Features of N records, or of N persons with the records of each.
 
     Parameters
     ----------
     values : Tensor, float32 or float16
-        Shape (N, *shape); or (total, H), the tokens of all records one after the other. May be mapped from a file:
-        treat it as read-only.
+        Shape (N, *shape); or (total, H), the tokens of all records one after the other, or the records of all persons.
+        May be mapped from a file: treat it as read-only.
     offsets : Tensor, int64, shape (N + 1,), or None
         Record i has the tokens `offsets[i]` to `offsets[i + 1]`; None when all records have one shape.
     """
@@ -61,7 +61,9 @@ class FeatureSet:
             Tokens of each record; None when all records have one shape.
         """
         if self.offsets is None:
-            return self.values[index].float(), None
+            if isinstance(index, slice) or index.dtype == torch.bool:
+                return self.values[index].float(), None
+            return self.values.index_select(0, index).float(), None  # a third of the time of indexing with positions
         starts, lengths = self.offsets[:-1][index], self.offsets.diff()[index]
         longest = int(lengths.max()) if len(lengths) else 0
         places = torch.arange(longest)
@@ -74,13 +76,29 @@ class FeatureSet:
         """A copy of the records at these positions, in this order."""
         if self.offsets is None:
             return FeatureSet(self.values[order])
-        starts, lengths = self.offsets[:-1][order], self.offsets.diff()[order]
-        ends = lengths.cumsum(0)
-        within = torch.arange(int(lengths.sum())) - (ends - lengths).repeat_interleave(lengths)
-        return FeatureSet(
-            self.values[starts.repeat_interleave(lengths) + within],
-            torch.cat([torch.zeros(1, dtype=torch.int64), ends]),
-        )
+        places, lengths = self.places(order)
+        return FeatureSet(self.values[places], torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]))
+
+    def places(self, index: Tensor | slice) -> tuple[Tensor | slice, Tensor]:
+        """Where the tokens of some records lie in the values of a ragged set.
+
+        Parameters
+        ----------
+        index : int64 or bool Tensor, or slice of step 1
+
+        Returns
+        -------
+        places : slice, or int64 Tensor, shape (total of the lengths,)
+            A slice for a slice: values are then a view.
+        lengths : Tensor, int64, shape (B,)
+        """
+        assert self.offsets is not None
+        starts, lengths = self.offsets[:-1][index], self.offsets.diff()[index]
+        if isinstance(index, slice):
+            first = int(starts[0]) if len(starts) else 0
+            return slice(first, first + int(lengths.sum())), lengths
+        within = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        return starts.repeat_interleave(lengths) + within, lengths
 
     def slice(self, start: int, stop: int) -> FeatureSet:
         """The records from `start` up to `stop`; values are a view."""

@@ -1,9 +1,9 @@
 """What a list of mechanism events costs: epsilon at a given delta, composed over all of them.
 
-    only full-batch steps          "gdp"   exact Gaussian differential privacy (gaussian.py)
+    full-batch steps and counts    "gdp"   exact Gaussian differential privacy (gaussian.py)
     any Poisson step               "prv"   Opacus's accountant by privacy loss random variables
     the same, where that fails     "pld"   dp-accounting's privacy loss distributions
-    the same, delta below 1e-12    "gdp"   as if every step were full batch: sampling only helps
+    the same, where no grid helps  "gdp"   as if every step were full batch: sampling only helps
     any release without privacy    "none"  infinite
 
 Every figure is an upper bound, for the relation of adding or removing one privacy unit. It holds for a plan that was
@@ -23,15 +23,17 @@ from typing import Final, Literal
 
 import numpy as np
 
-from fedhead.common.privacy.events import Event, GaussianEvent, NoPrivacyEvent, PoissonEvent
+from fedhead.common.errors import InputError
+from fedhead.common.privacy.events import Event, NoPrivacyEvent, PoissonEvent
 from fedhead.common.privacy.gaussian import check_delta, gdp_delta, gdp_epsilon, mu_for
 
 __all__ = ["Accountant", "Row", "Spent", "epsilon", "epsilon_of_rows", "gdp_delta", "gdp_epsilon", "mu_for", "rows_of"]
 
-Accountant = Literal["gdp", "prv", "pld", "none"]
+Accountant = Literal["gdp", "prv", "pld", "sum", "none"]
 Row = tuple[float, float, int]  # noise multiplier, sample rate, steps
 
-EPSILON_ERROR: Final = 0.001  # what the PRV accountant may err by; it adds as much to what it reports
+EPSILON_ERROR: Final = 0.001  # most that the PRV accountant may err by; it adds as much to what it reports
+EPSILON_SHARE: Final = 0.003  # of a small epsilon, that it may err by instead
 MOST_POINTS: Final = 1_500_000  # of the PRV accountant's grid: half a second, 100 MB; beyond it PLD is far quicker
 MOST_ROWS: Final = 16  # PRV costs about 0.1 s a row, PLD far less
 PLD_INTERVAL: Final = 1e-4  # of dp-accounting's grid; its rounding is upwards
@@ -50,7 +52,7 @@ class Spent:
         An upper bound; infinity for a release without privacy.
     delta : float, in (0, 1)
     accountant : str
-        Which one computed it: gdp, prv, pld, none.
+        Which one computed it: gdp, prv, pld, none; sum where a filter added up the charges of whole plans.
     """
 
     epsilon: float
@@ -97,17 +99,19 @@ def epsilon(events: Iterable[Event], delta: float) -> Spent:
 def rows_of(events: Iterable[Event]) -> list[Row]:
     """Events as (noise multiplier, sample rate, steps), equal ones merged; sample rate 1 is full batch, as one row.
 
-    Any number of full-batch steps is one Gaussian mechanism with mu = sqrt(sum steps / noise_multiplier^2), exactly.
+    All full-batch steps and counts together are exactly one Gaussian: mu = sqrt(sum steps / noise_multiplier^2).
     """
     squares: list[float] = []
     steps: defaultdict[tuple[float, float], int] = defaultdict(int)
     for event in events:
-        if isinstance(event, GaussianEvent) or (isinstance(event, PoissonEvent) and event.sample_rate == 1):
+        if isinstance(event, NoPrivacyEvent):
+            raise InputError("events have a release without privacy: no row describes it. Ask for their epsilon.")
+        if not isinstance(event, PoissonEvent) or event.sample_rate == 1:
             squares.append(event.steps / event.noise_multiplier / event.noise_multiplier)
-        elif isinstance(event, PoissonEvent):
+        else:
             steps[event.noise_multiplier, event.sample_rate] += event.steps
     rows = [(noise, rate, count) for (noise, rate), count in sorted(steps.items())]
-    total = math.fsum(squares)
+    total = _sum(squares)
     return [*rows, (1 / math.sqrt(total), 1.0, 1)] if total else rows
 
 
@@ -123,6 +127,9 @@ def _cost(rows: tuple[Row, ...], delta: float) -> Spent:
         return Spent(0.0, delta, "gdp")
     if all(rate == 1 for _, rate, _ in rows) or delta < LEAST_FFT_DELTA:
         return Spent(gdp_epsilon(_full_batch_mu(rows), delta), delta, "gdp")
+    whole = gdp_epsilon(_full_batch_mu(rows), delta)
+    if whole == 0 or math.isinf(whole):  # as cheap or as dear as can be, and no grid would hold it
+        return Spent(whole, delta, "gdp")
     try:
         return Spent(_prv(rows, delta), delta, "prv")
     except _Unfit:
@@ -131,7 +138,15 @@ def _cost(rows: tuple[Row, ...], delta: float) -> Spent:
 
 def _full_batch_mu(rows: Sequence[Row]) -> float:
     """mu of the rows if every step took every record; an upper bound for sampled steps, by joint convexity."""
-    return math.sqrt(math.fsum(steps / noise / noise for noise, _, steps in rows))
+    # noise 0 stands for noise so small that the sum of squares overflowed
+    return math.sqrt(_sum([steps / noise / noise if noise else math.inf for noise, _, steps in rows]))
+
+
+def _sum(squares: Sequence[float]) -> float:
+    try:
+        return math.fsum(squares)
+    except OverflowError:
+        return math.inf
 
 
 def _prv(rows: Sequence[Row], delta: float) -> float:
@@ -141,28 +156,43 @@ def _prv(rows: Sequence[Row], delta: float) -> float:
 
     if delta < LEAST_PRV_DELTA or len(rows) > MOST_ROWS:
         raise _Unfit
-    delta_error = delta / 1000
+    delta_error, epsilon_error = delta / 1000, _prv_error(rows, delta)
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
             half = compute_safe_domain_size(
                 [PoissonSubsampledGaussianPRV(rate, noise) for noise, rate, _ in rows],
                 [steps for *_, steps in rows],
-                EPSILON_ERROR,
+                epsilon_error,
                 delta_error,
             )
-            mesh = EPSILON_ERROR / math.sqrt(sum(steps for *_, steps in rows) * math.log(12 / delta_error) / 2)
+            mesh = epsilon_error / math.sqrt(sum(steps for *_, steps in rows) * math.log(12 / delta_error) / 2)
             if not 2 * half / mesh <= MOST_POINTS:
                 raise _Unfit
             accountant = PRVAccountant()
             accountant.history = list(rows)
-            found = float(accountant.get_epsilon(delta, eps_error=EPSILON_ERROR, delta_error=delta_error))
+            found = float(accountant.get_epsilon(delta, eps_error=epsilon_error, delta_error=delta_error))
     except (ValueError, RuntimeError, ArithmeticError, MemoryError) as fault:
         raise _Unfit from fault
     # its grid reaches to `half`: an epsilon near the rim would be cut off rather than computed
     if not math.isfinite(found) or not 0 <= found < half:
         raise _Unfit
     return found
+
+
+def _prv_error(rows: Sequence[Row], delta: float) -> float:
+    """The error to ask of PRV, from a rough epsilon: the central limit's, Dong, Roth, Su (2022), Corollary 5.4.
+
+    It follows the noise without a jump, so that a plan's noise can be searched for. Only precision hangs on it.
+    """
+    try:
+        square = math.fsum(steps * rate * rate * math.expm1(1 / noise / noise) for noise, rate, steps in rows)
+    except OverflowError:
+        return EPSILON_ERROR
+    error = min(EPSILON_ERROR, EPSILON_SHARE * gdp_epsilon(math.sqrt(square), delta))
+    if error == 0:
+        raise _Unfit
+    return error
 
 
 def pld_epsilon(rows: Sequence[Row], delta: float, interval: float = PLD_INTERVAL) -> float:
@@ -183,7 +213,10 @@ def pld_epsilon(rows: Sequence[Row], delta: float, interval: float = PLD_INTERVA
     least = max(max(0.5 / noise / noise + 10 / noise for noise, *_ in rows) * 1e-6, 1e-3 if len(rows) > 4 else 0.0)
     spacing = max(interval, least, found * 1e-5)
     while True:
-        found = min(found, _pld(rows, delta, spacing))
+        try:
+            found = min(found, _pld(rows, delta, spacing))
+        except (ValueError, ArithmeticError, MemoryError):  # numbers beyond its grids
+            return found
         finer = max(interval, least, found * 1e-5)
         if not finer < spacing / 2:
             return found

@@ -24,6 +24,9 @@ UNSEEN: Final = 1e-20
 """More than the norm of softmax gradients whose squares are lost below the least float32: a feature vector near
 `LARGEST` would carry such a gradient over a small clipping norm. Lost in rounding beside any norm above 1e-13."""
 
+# as a tensor, because a number of Python takes half the time of a small operation
+_UNSEEN: Final = torch.tensor(UNSEEN, dtype=torch.float64)
+
 
 def clip_factors(norms: Tensor, clipping_norm: float) -> Tensor:
     """What to scale each record's gradient by, so that its L2 norm is at most the clipping norm.
@@ -46,8 +49,12 @@ def clip_factors(norms: Tensor, clipping_norm: float) -> Tensor:
     factor 0 must be left out of the sum, not multiplied: 0 times NaN is NaN.
     Reference: Abadi et al. (2016), arXiv:1607.00133, Algorithm 1.
     """
-    # inf gives 0; NaN stays NaN until the last operation
-    return (norms / (clipping_norm * SHRINK)).clamp_(min=1).reciprocal_().nan_to_num_(nan=0.0)
+    return _factors(norms / (clipping_norm * SHRINK)).nan_to_num_(nan=0.0)
+
+
+def _factors(shares: Tensor) -> Tensor:
+    """Factors in place of norms over the bound: inf gives 0, NaN stays NaN."""
+    return shares.clamp_(min=1).reciprocal_()
 
 
 def finite_records(values: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -153,12 +160,12 @@ def linear_softmax_clipped_sum(
             logits.add_(bias)
     g = logits.softmax(1)
     if hot is None:
-        g.scatter_add_(1, y.unsqueeze(1), g.new_full((1, 1), -1.0).expand(len(y), 1))
+        g.scatter_add_(1, y.unsqueeze(1), g.new_full((1, 1), -1.0).expand(y.shape[0], 1))
     else:
         g.sub_(hot)
-    factors = clip_factors(torch.linalg.vector_norm(g, dim=1).add_(UNSEEN).mul_(reach), clipping_norm)
-    # where the factor is 0 because g is NaN, the product is NaN as well: that row must be 0
-    g.mul_(factors.unsqueeze(1)).nan_to_num_(nan=0.0)
+    norms = torch.linalg.vector_norm(g, dim=1).add_(_UNSEEN).mul_(reach)
+    # a factor of NaN makes its row NaN, and a factor of 0 may meet NaN there: such rows must be 0
+    g.mul_(_factors(norms.div_(clipping_norm * SHRINK)).unsqueeze(1)).nan_to_num_(nan=0.0)
     grad_bias = None if bias is None else g.sum(0)
     if scale is not None:
         g.mul_(column)

@@ -2,6 +2,7 @@
 
     full-batch   GaussianEvent    every record in every step, Gaussian noise on the clipped sum
     poisson      PoissonEvent     each record in a step with probability `sample_rate`, then the same
+    count        CountEvent       a number of records, such as correct answers, with Gaussian noise
     none         NoPrivacyEvent   nothing clipped, nothing noised: epsilon is infinite
 
 An event says what was released, never what it cost: accounting.py computes that, over all events together. The
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
@@ -20,6 +22,8 @@ from typing import Any, ClassVar, Final
 from fedhead.common.errors import InputError
 
 SCHEMA: Final = 1
+LARGEST: Final = sys.float_info.max
+MOST_STEPS: Final = 2**53  # every smaller whole number is a float, so no accountant rounds it
 
 
 class _Event:
@@ -44,21 +48,32 @@ class _Event:
         }
 
 
+def short(value: object) -> str:
+    """A value as typed, cut off: a whole number that arrives may have more digits than Python agrees to print."""
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return "a whole number of more than 30 digits"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
 def _number(event: Any, name: str, rule: str, most: float = math.inf) -> None:
     """Turn a field into a finite float in (0, most], or say what is wrong with it."""
     value = getattr(event, name)
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not 0 < value <= most:
+    # compared, never converted first: float() of a whole number with 400 digits raises
+    good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= min(most, LARGEST)
+    if not good:
         raise InputError(
-            f"event.{name} is {value!r}: it must be {rule}. Give such a number, or the mechanism none for a release "
-            "without privacy."
+            f"event.{name} is {short(value)}: it must be {rule}. Give such a number, or the mechanism none for a "
+            "release without privacy."
         )
     object.__setattr__(event, name, float(value))
 
 
 def _steps(event: Any) -> None:
-    if isinstance(event.steps, bool) or not isinstance(event.steps, int) or event.steps < 1:
-        raise InputError(f"event.steps is {event.steps!r}: it must be a whole number from 1. Leave out empty events.")
+    if isinstance(event.steps, bool) or not isinstance(event.steps, int) or not 1 <= event.steps <= MOST_STEPS:
+        raise InputError(
+            f"event.steps is {short(event.steps)}: it must be a whole number from 1 to 2^53. Leave out empty events."
+        )
 
 
 @dataclass(frozen=True)
@@ -122,6 +137,41 @@ class PoissonEvent(_Event):
 
 
 @dataclass(frozen=True)
+class CountEvent(_Event):
+    """`steps` releases of a count of records, each with Gaussian noise: a noised metric.
+
+    Parameters
+    ----------
+    noise_multiplier : float, > 0
+        Standard deviation of the noise over the sensitivity.
+    sensitivity : float, > 0
+        Most that one privacy unit changes the count by: 1 where the unit is a record, the declared most records of a
+        person where it is a person. The cost in privacy does not depend on it.
+    steps : int, >= 1
+        Releases of this kind.
+
+    Raises
+    ------
+    InputError
+        A field breaks its rule.
+
+    Notes
+    -----
+    Guarantee: one step is a Gaussian mechanism with mu = 1 / noise_multiplier, the same as a full-batch step.
+    """
+
+    mechanism: ClassVar[str] = "count"
+    noise_multiplier: float
+    sensitivity: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _number(self, "noise_multiplier", "a finite number more than 0")
+        _number(self, "sensitivity", "a finite number more than 0")
+        _steps(self)
+
+
+@dataclass(frozen=True)
 class NoPrivacyEvent(_Event):
     """`steps` releases without any privacy: epsilon is infinite, whatever else was released."""
 
@@ -132,12 +182,13 @@ class NoPrivacyEvent(_Event):
         _steps(self)
 
 
-Event = GaussianEvent | PoissonEvent | NoPrivacyEvent
+Event = GaussianEvent | PoissonEvent | CountEvent | NoPrivacyEvent
 
 # Literal, so that a name found in data never picks a class by itself. A new kind of event is a row here.
 EVENTS: Final[Mapping[str, type[Event]]] = {
     "full-batch": GaussianEvent,
     "poisson": PoissonEvent,
+    "count": CountEvent,
     "none": NoPrivacyEvent,
 }
 
@@ -145,7 +196,7 @@ EVENTS: Final[Mapping[str, type[Event]]] = {
 def event_of(
     mechanism: str, noise_multiplier: float, clipping_norm: float, steps: int, sample_rate: float | None = None
 ) -> Event:
-    """The event that a round spends, from the numbers of its request.
+    """The event that a round of training spends, from the numbers of its request.
 
     Raises
     ------
@@ -160,7 +211,33 @@ def event_of(
         return PoissonEvent(noise_multiplier, clipping_norm, sample_rate, steps)
     if mechanism == "none":
         return NoPrivacyEvent(steps)
-    raise InputError(f"mechanism is {mechanism!r}: it must be one of {', '.join(EVENTS)}. Choose one.")
+    raise InputError(f"mechanism is {mechanism!r}: it must be full-batch, poisson or none. Choose one.")
+
+
+def read_object(text: str, what: str) -> dict[str, Any]:
+    """The fields of a stored JSON object of this module's schema, which is taken out; InputError for anything else."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as fault:
+        raise InputError(f"{what} is not valid JSON: it must be what fedhead wrote. Restore the file.") from fault
+    if not isinstance(fields, dict):
+        raise InputError(f"{what} is a JSON {type(fields).__name__}: it must be an object. Restore the file.")
+    schema = fields.pop("schema", None)
+    if schema != SCHEMA or isinstance(schema, bool):
+        raise InputError(
+            f"{what}.schema is {short(schema)}: it must be {SCHEMA}. Read it with the fedhead that wrote it."
+        )
+    return fields
+
+
+def check_names(fields: Mapping[str, Any], kind: type[Any], what: str) -> None:
+    """Raise InputError unless the fields are those of the dataclass `kind`, all and no other."""
+    expected = {field.name for field in dataclass_fields(kind)}
+    if set(fields) != expected:
+        raise InputError(
+            f"{what} has the fields {', '.join(sorted(fields)) or 'none'}: it must have "
+            f"{', '.join(sorted(expected))}. Restore the file."
+        )
 
 
 def from_json(text: str) -> Event:
@@ -182,24 +259,14 @@ def from_json(text: str) -> Event:
         Not JSON, another schema, an unknown mechanism, a field that is missing, unknown or out of range, or a text
         that is not the canonical one.
     """
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as fault:
-        raise InputError("event is not valid JSON: it must be what fedhead wrote. Restore the file.") from fault
-    if not isinstance(fields, dict):
-        raise InputError(f"event is a JSON {type(fields).__name__}: it must be an object. Restore the file.")
-    schema, mechanism = fields.pop("schema", None), fields.pop("mechanism", None)
-    if schema != SCHEMA or isinstance(schema, bool):
-        raise InputError(f"event.schema is {schema!r}: it must be {SCHEMA}. Read it with the fedhead that wrote it.")
+    fields = read_object(text, "event")
+    mechanism = fields.pop("mechanism", None)
     if not isinstance(mechanism, str) or mechanism not in EVENTS:
-        raise InputError(f"event.mechanism is {mechanism!r}: it must be one of {', '.join(EVENTS)}. Restore the file.")
-    kind = EVENTS[mechanism]
-    expected = {field.name for field in dataclass_fields(kind)}
-    if set(fields) != expected:
         raise InputError(
-            f"event has the fields {', '.join(sorted(fields)) or 'none'}: {mechanism} has "
-            f"{', '.join(sorted(expected))}. Restore the file."
+            f"event.mechanism is {short(mechanism)}: it must be one of {', '.join(EVENTS)}. Restore the file."
         )
+    kind = EVENTS[mechanism]
+    check_names(fields, kind, "event")
     event: Event = kind(**fields)
     if event.to_json() != text:
         raise InputError("event is not in canonical form: it must be what fedhead wrote. Restore the file.")

@@ -1,7 +1,8 @@
-"""Random streams and the noise that is drawn from them.
+"""Random streams, and the noise and samples that are drawn from them.
 
-In a deployment every stream starts from the holder's operating system, anew for each release. In a simulation streams
-are keyed by (seed, holder, round, step, purpose), so that any engine, in any order, draws the same numbers.
+In a deployment all randomness comes from the holder's operating system, anew for each release (how: secure.py). In a
+simulation streams are keyed by (seed, holder, round, step, purpose), so that any engine, in any order, draws the same
+numbers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,12 @@ from typing import Final, Literal, Protocol
 import torch
 from torch import Tensor
 
+from fedhead.common.privacy.sampling import poisson_sample
+from fedhead.common.privacy.secure import CSPRNG, SOURCES, bernoulli_sample
+
+SEEDED: Final = "mt19937-seeded"
+"""The source of a simulation's noise; those of a deployment are in secure.py."""
+
 Purpose = Literal["noise", "sampling", "dropout"]
 
 _WORDS: Final = 624  # of the Mersenne Twister's state; in torch's state they start after 24 bytes, each in 8 bytes
@@ -21,10 +28,13 @@ _OFFSET: Final = 3
 
 
 class Noise(Protocol):
-    """Adds noise to one sum; the optimizer calls nothing else, so another source of noise is another class."""
+    """Noises the sums of one step; the optimizer calls nothing else, so another source of noise is another class."""
 
-    def add(self, total: Tensor, std: float) -> Tensor:
-        """A new tensor: `total` plus independent Gaussian noise of standard deviation `std` in every coordinate."""
+    def add(self, total: Tensor, *, noise_multiplier: float, clipping_norm: float) -> Tensor:
+        """A new tensor: `total` plus independent Gaussian noise in every coordinate.
+
+        Its standard deviation is noise_multiplier times the sensitivity: clipping_norm, or more where rounding counts.
+        """
 
 
 class TorchNoise:
@@ -43,19 +53,23 @@ class TorchNoise:
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
 
-    def add(self, total: Tensor, std: float) -> Tensor:
-        """`total` plus noise, shape and dtype kept."""
+    def add(self, total: Tensor, *, noise_multiplier: float, clipping_norm: float) -> Tensor:
+        """`total` plus noise of standard deviation noise_multiplier * clipping_norm, shape and dtype kept."""
+        std = noise_multiplier * clipping_norm
         # the draws of Opacus's _generate_noise without its buffer of zeros: a twelfth of a small step
         noise = torch.empty(total.shape, dtype=total.dtype).normal_(0.0, std, generator=self.generator)
-        return noise.to(total.device).add_(total)
+        if not total.is_cpu:
+            noise = noise.to(total.device)
+        return noise.add_(total)
 
 
-def system_generator() -> torch.Generator:
+def _dropout_generator() -> torch.Generator:
     """A generator whose whole state comes from the operating system.
 
     Notes
     -----
-    Not ``manual_seed``: torch keeps 32 bits of it, and 2^32 noises can be tried one by one.
+    For dropout, which torch draws itself; the noise doesn't rest on it. Not ``manual_seed``: torch keeps 32 bits of it,
+    and 2^32 masks can be tried one by one.
     """
     generator = torch.Generator()
     state = generator.manual_seed(0).get_state()
@@ -75,42 +89,83 @@ class Streams(ABC):
     seeded: bool
     """Whether whoever knows a seed can draw the streams again; epsilon then means nothing to them."""
 
+    source: str
+    """Where the noise comes from, as the ledger writes it."""
+
     @abstractmethod
     def generator(self, step: int, purpose: Purpose) -> torch.Generator:
         """The stream of one step and purpose, from its start."""
 
+    @abstractmethod
     def noise(self, step: int) -> Noise:
         """The noise of one step."""
-        return TorchNoise(self.generator(step, "noise"))
+
+    @abstractmethod
+    def sample(self, step: int, records: int, rate: float) -> Tensor:
+        """Which of N records take part in a step, each independently with probability `rate`: int64, rising."""
 
 
 class _SystemStreams(Streams):
     seeded = False
 
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self._noise = SOURCES[source]
+
     def generator(self, step: int, purpose: Purpose) -> torch.Generator:
-        return system_generator()
+        assert purpose == "dropout", "noise and samples of a deployment come from no generator of torch"
+        return _dropout_generator()
+
+    def noise(self, step: int) -> Noise:
+        return self._noise()
+
+    def sample(self, step: int, records: int, rate: float) -> Tensor:
+        return bernoulli_sample(records, rate)
 
 
 class _SimulationStreams(Streams):
     seeded = True
+    source = SEEDED
 
     def __init__(self, seed: int, holder: str, round: int) -> None:
         self._prefix = hashlib.blake2b(repr((seed, holder, round)).encode(), digest_size=8)
+        self._sampling = torch.Generator()
+
+    def _seed(self, step: int, purpose: Purpose) -> int:
+        key = self._prefix.copy()
+        key.update(f"{step}:{purpose}".encode())
+        return int.from_bytes(key.digest(), "little")
 
     def generator(self, step: int, purpose: Purpose) -> torch.Generator:
-        key = self._prefix.copy()
-        key.update(b"%d:%s" % (step, purpose.encode()))
-        return torch.Generator().manual_seed(int.from_bytes(key.digest(), "little"))
+        return torch.Generator().manual_seed(self._seed(step, purpose))
+
+    def noise(self, step: int) -> Noise:
+        return TorchNoise(self.generator(step, "noise"))
+
+    def sample(self, step: int, records: int, rate: float) -> Tensor:
+        # one generator for all samples: nothing is left of it when this returns
+        return poisson_sample(records, rate, self._sampling.manual_seed(self._seed(step, "sampling")))
 
 
-def system_streams() -> Streams:
+def system_streams(source: str = CSPRNG) -> Streams:
     """Streams for a deployment.
+
+    Parameters
+    ----------
+    source : "aes-ctr-gaussian" or "opendp-discrete-gaussian"
+        Of the noise; `secure.choose_source` says whether there is time for OpenDP's.
+
+    Raises
+    ------
+    KeyError
+        There is no such source.
 
     Notes
     -----
-    Guarantee: every generator is new and starts from the operating system's randomness, whatever was drawn before.
+    Guarantee: noise and samples of every step are drawn from the operating system's randomness alone, under a new key
+    each; no generator of Python, numpy or torch is read, and no seed has a way in. Noise takes float64 sums only.
     """
-    return _SystemStreams()
+    return _SystemStreams(source)
 
 
 def simulation_streams(seed: int, holder: str, round: int) -> Streams:

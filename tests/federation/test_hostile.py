@@ -9,7 +9,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedhead.client import app as client_module
-from fedhead.common import protocol
+from fedhead.common import protocol, refusals
 from fedhead.common.errors import Refused, RunError
 from fedhead.common.privacy.accounting import epsilon
 from fedhead.common.privacy.events import GaussianEvent, from_json
@@ -29,7 +29,7 @@ def with_replies(monkeypatch, change, bad=(BAD,)):
             return reply
         return change(message, reply) if protocol.read_release(reply)[0] in bad else reply
 
-    monkeypatch.setattr(federation, "client_app", SimpleNamespace(app=app))
+    monkeypatch.setattr(federation, "client_app", SimpleNamespace(app=app, expect=client_module.expect))
 
 
 def nan(_, reply):
@@ -133,7 +133,8 @@ def test_only_the_agreed_parts_leave_a_holder(tiny, tmp_path, monkeypatch):
     simulate(tiny({"training.rounds": 2}), tmp_path / "run")
     for reply in seen:
         content = reply.content
-        assert set(content) == {protocol.ARRAYS, protocol.METRICS, protocol.RELEASE}
+        assert set(content) == {protocol.ARRAYS, protocol.METRICS, protocol.RELEASE, protocol.LEDGER}
+        assert set(content.config_records[protocol.LEDGER]) == {"sequence", "hash"}
         assert dict(content.metric_records[protocol.METRICS]) == {protocol.WEIGHT: 300}
         assert set(content.config_records[protocol.RELEASE]) == {"holder", "event"}
         assert isinstance(from_json(content.config_records[protocol.RELEASE]["event"]), GaussianEvent)
@@ -179,7 +180,9 @@ def message_with(request, arrays=True):
 
 
 def test_a_good_request_is_read():
-    request, arrays = protocol.read_request(message_with(json.dumps(GOOD)))
+    request, arrays, digest, seen = protocol.read_request(message_with(json.dumps(GOOD)))
+    assert len(digest) == 64
+    assert seen is None
     assert request.noise_multiplier == 1.0
     assert protocol.from_arrays(arrays, {"w": torch.zeros(2)})["w"].tolist() == [0.0, 0.0]
 
@@ -189,7 +192,7 @@ def test_a_good_request_is_read():
     [
         {"noise_multiplier": -1.0}, {"noise_multiplier": float("nan")}, {"clipping_norm": 0}, {"clipping_norm": None},
         {"clipping_norm": float("inf")}, {"sample_rate": 1.5}, {"sample_rate": 0.0}, {"local_steps": 0},
-        {"local_steps": 2.5}, {"declared_records": 0}, {"learning_rate": -1}, {"mechanism": "free"}, {"unit": "person"},
+        {"local_steps": 2.5}, {"declared_records": 0}, {"learning_rate": -1}, {"mechanism": "free"}, {"unit": "family"},
         {"surprise": 1}, {"round": 0}, {"seed": -1}, {"optimizer": {"kind": "evil"}}, {"version": 2}, {"run": ""},
         {"local_steps": 10**9}, {"chunk": 0},
     ],
@@ -197,8 +200,8 @@ def test_a_good_request_is_read():
 def test_a_bad_request_is_refused_with_a_code(change):
     with pytest.raises(Refused) as caught:
         protocol.read_request(message_with(json.dumps({**GOOD, **change})))
-    assert caught.value.code == protocol.INVALID_REQUEST
-    assert str(caught.value) == protocol.TEXTS[protocol.INVALID_REQUEST]
+    assert caught.value.code == refusals.INVALID_REQUEST
+    assert str(caught.value) == refusals.TEXTS[refusals.INVALID_REQUEST]
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", "{", "3", '{"run": 1}'])

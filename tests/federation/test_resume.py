@@ -3,6 +3,7 @@
 import pytest
 
 from fedhead.common.errors import InputError
+from fedhead.common.privacy.ledger import Ledger
 from fedhead.server import checkpoints
 from fedhead.server.checkpoints import Checkpoint
 from fedhead.simulations.simulate import simulate
@@ -44,6 +45,21 @@ def test_resumed_run_ends_with_the_same_bits(tiny, tmp_path, kind, number):
     assert resumed.final == whole.final
     assert [entry["events"] for entry in resumed.privacy] == [entry["events"] for entry in whole.privacy]
     assert [row["metrics"] for row in resumed.rounds] == [row["metrics"] for row in whole.rounds]
+
+
+def test_rounds_that_are_done_again_are_charged_once(tiny, tmp_path):
+    """The same seed draws the same noise for the same head: the same release, however often it is made."""
+    config = tiny({"run.exact": True, "run.evaluate_every": 4})
+    with pytest.raises(Stop):
+        simulate(config, tmp_path / "broken", progress_listener=stop_at(7))  # goes on from round 4
+    resumed = simulate(config, tmp_path / "broken", resume=True)
+    whole = simulate(config, tmp_path / "whole")
+    assert resumed.final == whole.final
+    for name in ("whole", "broken"):
+        with Ledger(tmp_path / name / "holders" / "holder-00000" / "ledger.sqlite") as ledger:
+            rounds = [one.round for one in ledger.entries() if one.kind == "reserve"]
+            assert rounds == list(range(1, 9))
+            ledger.verify()
 
 
 def test_without_its_memory_a_strategy_ends_elsewhere(tiny, tmp_path, monkeypatch):

@@ -73,7 +73,26 @@ def test_four_settings_make_a_recipe():
         ({"privacy": {"mechanism": "none"}}, "privacy.epsilon is 3.0: it must be left out"),
         ({"privacy": {"mechanism": "poisson"}}, "privacy.sample_rate is missing"),
         ({"privacy": {"sample_rate": 0.1}}, "privacy.sample_rate is 0.1: it has no meaning"),
-        ({"privacy": {"unit": "person"}}, 'privacy.unit is "person": this version protects'),
+        ({"privacy": {"unit": "person"}}, 'privacy.person is missing: it must name a column'),
+        (
+            {"privacy": {"unit": "person", "person": "who"}, "data": {"columns": {"text": "who"}}},
+            'privacy.person is "who": it must be a column of its own',
+        ),
+        (
+            {"privacy": {"unit": "holder", "mechanism": "poisson", "sample_rate": 0.1}},
+            'privacy.mechanism is "poisson": the unit "holder" claims no amplification',
+        ),
+        ({"privacy": {"unit": "holder", "metrics": {}}}, "privacy.metrics is given: its noise hides records"),
+        ({"privacy": {"metrics": {"every": 61}}}, "privacy.metrics.every is 61: it must be at most training.rounds"),
+        ({"holders": {"budget": {"epsilon": 0}}}, "holders.budget.epsilon is 0"),
+        (
+            {"holders": {"budget": {"epsilon": 1.0, "per_run": {"epsilon": 2.0}}}},
+            "holders.budget.per_run.epsilon is 2.0: it must be at most holders.budget.epsilon, 1",
+        ),
+        (
+            {"holders": {"budget": {"epsilon": 1.0, "poisson_share": 1.0}}},
+            "holders.budget.poisson_share is 1.0: it must be less than 1",
+        ),
         ({"training": {"rounds": 0}}, "training.rounds is 0: it must be at least 1."),
         ({"training": {"rounds": 2.5}}, "training.rounds is 2.5: it must be a whole number."),
         ({"training": {"rounds": 3, "schedule": {"warmup": 3}}}, "training.schedule.warmup is 3: it must be less than"),

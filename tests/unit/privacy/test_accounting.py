@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from fedhead.common.errors import InputError
 from fedhead.common.privacy import accounting
 from fedhead.common.privacy.accounting import epsilon, gdp_delta, gdp_epsilon, mu_for, pld_epsilon, rows_of
-from fedhead.common.privacy.events import GaussianEvent, NoPrivacyEvent, PoissonEvent
+from fedhead.common.privacy.events import CountEvent, GaussianEvent, NoPrivacyEvent, PoissonEvent
+from fedhead.common.privacy.gaussian import SLACK
 
 
 def exact_delta(mu, eps):
@@ -27,6 +28,13 @@ def test_epsilon_is_a_tight_upper_bound(mu, delta):
     assert exact_delta(mu, eps) <= delta
     if eps > 0:
         assert exact_delta(mu, eps * (1 - 1e-6)) > delta
+
+
+@pytest.mark.parametrize("mu", [1e-30, 1e-12, 1e-9, 1e-6, 1e-3, 9.99e-3])
+@pytest.mark.parametrize("ratio", [0.0, 1e-3, 1.0, 8.0, 30.0])
+def test_delta_of_tiny_mu_does_not_cancel(mu, ratio):
+    exact = exact_delta(mu, ratio * mu)
+    assert float(abs(gdp_delta(mu, ratio * mu) - exact) / exact) < SLACK / 100
 
 
 @given(st.floats(1e-4, 200), st.floats(0, 5000))
@@ -74,6 +82,17 @@ def test_full_batch_is_composed_over_all_rounds():
     assert spent.epsilon > 5 * epsilon(rounds[:1], 1e-5).epsilon  # never one round's figure
 
 
+def test_a_count_costs_what_a_full_batch_step_costs():
+    counts = [CountEvent(20.0, 1.0, 2), CountEvent(10.0, 7.0, 1)]
+    assert epsilon(counts, 1e-5) == epsilon([GaussianEvent(20.0, 1.0, 2), GaussianEvent(10.0, 1.0, 1)], 1e-5)
+    assert rows_of([PoissonEvent(2.0, 1.0, 0.1, 3), *counts]) == [(2.0, 0.1, 3), *rows_of(counts)]
+
+
+def test_no_row_hides_a_release_without_privacy():
+    with pytest.raises(InputError):
+        rows_of([GaussianEvent(1.0, 1.0, 1), NoPrivacyEvent(1)])
+
+
 def test_equal_rows_merge_and_order_does_not_matter():
     events = [PoissonEvent(2.0, 1.0, 0.1, 3), GaussianEvent(9.0, 1.0, 1), PoissonEvent(2.0, 0.5, 0.1, 4)]
     assert rows_of(events) == rows_of(events[::-1]) == [(2.0, 0.1, 7), (9.0, 1.0, 1)]
@@ -112,6 +131,36 @@ def test_falls_back_and_says_so(events, delta):
     assert spent.accountant == "pld"
     assert math.isfinite(spent.epsilon)
     assert spent.epsilon == pytest.approx(pld_epsilon(rows_of(events), delta), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("events", "found"),
+    [
+        ([GaussianEvent(1e-200, 1.0, 1)], math.inf),
+        ([GaussianEvent(1e-154, 1.0, 1)] * 3, math.inf),  # each square is finite, their sum is not
+        ([GaussianEvent(1e200, 1.0, 2**53)], 0.0),
+        ([PoissonEvent(1e-200, 1.0, 0.5, 3)], math.inf),
+        ([PoissonEvent(1.0, 1.0, 0.01, 1), GaussianEvent(1e-200, 1.0, 1)], math.inf),
+        ([PoissonEvent(1e200, 1.0, 0.5, 3)], 0.0),
+        ([PoissonEvent(1.0, 1.0, 1e-12, 3)], 0.0),
+    ],
+)
+def test_numbers_beyond_every_grid(events, found):
+    assert epsilon(events, 1e-5).epsilon == found
+
+
+@pytest.mark.parametrize("event", [PoissonEvent(1e-5, 1.0, 0.5, 3), PoissonEvent(1.0, 1.0, 5e-324, 3)])
+def test_what_no_grid_holds_is_accounted_as_full_batch(event):
+    spent = epsilon([event], 1e-5)
+    full = epsilon([GaussianEvent(event.noise_multiplier, 1.0, event.steps)], 1e-5)
+    assert 0 < spent.epsilon <= full.epsilon * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("delta", [1e-291, 5e-324])
+def test_delta_below_what_floats_resolve(delta):
+    assert gdp_epsilon(1.0, delta) == math.inf
+    assert gdp_epsilon(0.0, delta) == 0
+    assert mu_for(1.0, delta) == 0
 
 
 def test_tiny_delta_is_accounted_as_full_batch():

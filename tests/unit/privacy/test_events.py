@@ -8,13 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhead.common.errors import InputError
-from fedhead.common.privacy.events import EVENTS, GaussianEvent, NoPrivacyEvent, PoissonEvent, from_json
+from fedhead.common.privacy.events import EVENTS, CountEvent, GaussianEvent, NoPrivacyEvent, PoissonEvent, from_json
 
+HUGE = pytest.param(10**5000, id="huge")  # more digits than Python prints
+LONG = pytest.param("1" * 10**6, id="long")
 POSITIVE = st.floats(min_value=5e-324, max_value=1.7e308)
-COUNT = st.integers(1, 10**12)
+COUNT = st.integers(1, 2**53)
 ANY = st.one_of(
     st.builds(GaussianEvent, POSITIVE, POSITIVE, COUNT),
     st.builds(PoissonEvent, POSITIVE, POSITIVE, st.floats(5e-324, 1.0), COUNT),
+    st.builds(CountEvent, POSITIVE, POSITIVE, COUNT),
     st.builds(NoPrivacyEvent, COUNT),
 )
 
@@ -32,6 +35,9 @@ def test_canonical_text():
     assert GaussianEvent(2, 1, 3).to_json() == (
         '{"clipping_norm":1.0,"mechanism":"full-batch","noise_multiplier":2.0,"schema":1,"steps":3}'
     )
+    assert CountEvent(4, 2, 1).to_json() == (
+        '{"mechanism":"count","noise_multiplier":4.0,"schema":1,"sensitivity":2.0,"steps":1}'
+    )
     assert NoPrivacyEvent(2).to_json() == '{"mechanism":"none","schema":1,"steps":2}'
 
 
@@ -39,17 +45,23 @@ def test_table_is_by_name():
     assert {name: kind.mechanism for name, kind in EVENTS.items()} == {name: name for name in EVENTS}
 
 
-@pytest.mark.parametrize("bad", [0, -1.0, math.nan, math.inf, True, "1", None])
+@pytest.mark.parametrize("bad", [0, -1.0, math.nan, math.inf, True, "1", None, 10**400, HUGE, LONG])
 @pytest.mark.parametrize("name", ["noise_multiplier", "clipping_norm", "sample_rate"])
 def test_numbers_are_checked(name, bad):
     fields = {"noise_multiplier": 1.0, "clipping_norm": 1.0, "sample_rate": 0.5, "steps": 1, name: bad}
-    with pytest.raises(InputError, match=rf"^event.{name} is "):
+    with pytest.raises(InputError, match=rf"^event.{name} is .{{1,200}}$"):
         PoissonEvent(**fields)
 
 
-@pytest.mark.parametrize("bad", [0, -1, 1.0, True, "1", None])
+@pytest.mark.parametrize("name", ["noise_multiplier", "sensitivity", "steps"])
+def test_a_count_is_checked(name):
+    with pytest.raises(InputError, match=rf"^event.{name} is -1: "):
+        CountEvent(**{"noise_multiplier": 1.0, "sensitivity": 1.0, "steps": 1, name: -1})
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.0, True, "1", None, 2**53 + 1, HUGE])
 def test_steps_are_checked(bad):
-    for make in (lambda: GaussianEvent(1.0, 1.0, bad), lambda: NoPrivacyEvent(bad)):
+    for make in (lambda: GaussianEvent(1.0, 1.0, bad), lambda: CountEvent(1.0, 1.0, bad), lambda: NoPrivacyEvent(bad)):
         with pytest.raises(InputError, match=r"^event.steps is "):
             make()
 
@@ -75,6 +87,9 @@ GOOD = json.loads(PoissonEvent(1.5, 1.0, 0.25, 4).to_json())
         json.dumps({**GOOD, "schema": True}),
         json.dumps({**GOOD, "mechanism": "PoissonEvent"}),
         json.dumps({**GOOD, "mechanism": ["poisson"]}),
+        json.dumps({**GOOD, "mechanism": "count"}),
+        PoissonEvent(1.5, 1.0, 0.25, 4).to_json().replace("1.5", "1" * 400),
+        PoissonEvent(1.5, 1.0, 0.25, 4).to_json().replace("1.5", "1" * 10**5),
         json.dumps({**GOOD, "round": 1}),
         json.dumps({name: value for name, value in GOOD.items() if name != "sample_rate"}),
         PoissonEvent(1.5, 1.0, 0.25, 4).to_json().replace("1.5", "NaN"),
@@ -97,3 +112,10 @@ def test_row_of_the_result():
         "round": 7,
     }
     assert NoPrivacyEvent(1).to_row(2)["noise_multiplier"] is None
+    count = CountEvent(3.0, 1.0, 2).to_row(1)
+    assert (count["mechanism"], count["noise_multiplier"], count["steps"], count["clipping_norm"]) == (
+        "count",
+        3.0,
+        2,
+        None,
+    )

@@ -104,9 +104,9 @@ def test_an_empty_holder_and_an_empty_batch_release_noise_only(path):
         # the same noise as a full holder draws
         parts = [torch.zeros(K, D), torch.zeros(K)]
         for step in range(3):
-            noise = STREAMS.noise(step)
+            noise, size = STREAMS.noise(step), {"noise_multiplier": 1.3, "clipping_norm": 0.7}
             for part in parts:
-                part.sub_(0.5 / given.divisor * noise.add(torch.zeros_like(part), 1.3 * 0.7))
+                part.sub_(0.5 / given.divisor * noise.add(torch.zeros_like(part), **size))
         assert torch.allclose(moved, torch.cat([p.flatten() for p in parts]), atol=1e-6)
     # nobody is drawn at this rate: noise only as well
     rare = plan(mechanism="poisson", sample_rate=1e-9)

@@ -1,0 +1,99 @@
+"""What the ledger costs: a round in a deployment, a holder's round in a simulation, an audit of 10,000 events.
+
+Deployment: one holder, one reserve and one release of a 20 kB reply a round; CPU time of the process, and beside it the
+time that the two fsyncs keep it waiting. Simulation: one reserve and one release for all holders of a round. Audit:
+`verify` of 10,000 events, each reserved and released. Medians, so that a busy machine counts less.
+
+    python benchmarks/ledger.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from fedhead.common.privacy.events import GaussianEvent
+from fedhead.common.privacy.filters import Terms
+from fedhead.common.privacy.ledger import Declaration, Granted, Ledger, Reservation
+
+EVENT = GaussianEvent(1000.0, 1.0, 1)
+TERMS = Terms(8.0, 1e-5)
+REPLY = bytes(20_000)
+
+
+def wanted(holder: str, round: int, seeded: bool) -> Reservation:
+    digest = f"{round:064x}"
+    return Reservation(holder, "notes", "run-1", round, digest, EVENT, "record", "f" * 64, "os", None, seeded)
+
+
+def deployment(folder: Path, rounds: int) -> tuple[float, float]:
+    """Milliseconds a round: CPU, and all."""
+    cpu, wall = [], []
+    with Ledger(folder / "deployment.sqlite") as ledger:
+        ledger.declare("ann", "notes", TERMS)
+        for round in range(rounds):
+            started, clock = time.process_time(), time.perf_counter()
+            (granted,) = ledger.reserve([wanted("ann", round, False)])
+            assert isinstance(granted, Granted)
+            ledger.release([("ann", granted.sequence, REPLY)])
+            cpu.append(time.process_time() - started)
+            wall.append(time.perf_counter() - clock)
+    return 1e3 * statistics.median(cpu), 1e3 * statistics.median(wall)
+
+
+def simulation(folder: Path, holders: int, rounds: int) -> float:
+    """CPU milliseconds a holder and round, the making of the reservations included."""
+    names = [f"holder-{number}" for number in range(holders)]
+    cpu = []
+    with Ledger(folder / f"simulation-{holders}.sqlite") as ledger:
+        ledger.declare_all([Declaration(name, "notes", TERMS) for name in names])
+        for round in range(rounds):
+            started = time.process_time()
+            granted = ledger.reserve([wanted(name, round, True) for name in names])
+            done = [
+                (name, one.sequence, None) for name, one in zip(names, granted, strict=True) if type(one) is Granted
+            ]
+            assert len(done) == holders
+            ledger.release(done)
+            cpu.append(time.process_time() - started)
+    return 1e3 * statistics.median(cpu) / holders
+
+
+def audit(folder: Path, events: int) -> tuple[float, float]:
+    """Seconds to verify a ledger, and to open it and read its summary."""
+    path = folder / "audit.sqlite"
+    with Ledger(path) as ledger:
+        for start in range(0, events, 500):
+            granted = ledger.reserve([wanted("ann", round, False) for round in range(start, start + 500)])
+            ledger.release([("ann", one.sequence, None) for one in granted if type(one) is Granted])
+        started = time.perf_counter()
+        assert ledger.verify() == 2 * events
+        verified = time.perf_counter() - started
+    started = time.perf_counter()
+    with Ledger(path) as ledger:
+        ledger.summary("ann", delta=1e-5)
+    return verified, time.perf_counter() - started
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        cpu, wall = deployment(folder, 300)
+        verified, opened = audit(folder, 10_000)
+        figures = {
+            "deployment_cpu_ms_a_round": round(cpu, 3),
+            "deployment_wall_ms_a_round": round(wall, 3),
+            "simulation_cpu_ms_a_holder_and_round": {
+                str(holders): round(simulation(folder, holders, 30), 4) for holders in (10, 100, 1000)
+            },
+            "verify_seconds_10000_events": round(verified, 3),
+            "open_and_summary_seconds_10000_events": round(opened, 3),
+        }
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""`fedhead check`: whether a data holder is ready, without joining anything. For the holder's own eyes.
+
+Every line is a finding with one of four states:
+
+    ok        as it should be
+    warning   the holder should know it; nothing has to change
+    remedy    something must be changed before taking part; the line says what
+    unknown   not looked at, and why
+
+Numbers of records, persons and labels appear here and nowhere else: they are for the holder's terminal, never for a
+server. What is written: the storage folder where it is missing, and what this domain has held (domains.py). The
+ledger is only read. What concerns the storage folder is in standing.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedhead.client.findings import NO_RECORDS, Finding, State, apart, count, open_to_others
+from fedhead.client.holder import HolderFile, load_holder
+from fedhead.client.standing import disjoint, ledger, storage
+from fedhead.common.data.persons import names_of
+from fedhead.common.data.records import Records
+from fedhead.common.data.sources import load_records
+from fedhead.common.errors import DataError
+
+_MARKS: Final[Mapping[State, tuple[str, str, str]]] = {  # as shown, where only ASCII can be shown, style
+    "ok": ("✓", "ok", "green"),
+    "warning": ("!", "!", "yellow"),
+    "remedy": ("✗", "X", "bold red"),
+    "unknown": ("–", "-", "dim"),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """All findings about one holder file."""
+
+    holder: str
+    domain: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing has to be changed; warnings are allowed."""
+        return all(finding.state != "remedy" for finding in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON can carry it."""
+        return {
+            "holder": self.holder,
+            "domain": self.domain,
+            "good": self.good,
+            "findings": [vars(finding) for finding in self.findings],
+        }
+
+
+def check_holder(path: str | Path) -> Report:
+    """Look at everything that a data holder needs.
+
+    Parameters
+    ----------
+    path : path
+        A holder.toml.
+
+    Raises
+    ------
+    ConfigError
+        The file itself has faults; every other fault is a finding.
+    """
+    holder = load_holder(path)
+    records = _read(holder)
+    findings = [
+        *_file(holder), *_data(holder, records), *_people(holder, records), *_limits(holder, records),
+        *storage(holder), *ledger(holder), *disjoint(holder, records),
+    ]  # fmt: skip
+    return Report(holder.name, holder.budget.domain, tuple(findings))
+
+
+def show_report(report: Report) -> None:
+    """The report on stdout, as a table."""
+    out = Console(highlight=False)
+    plain = out.options.ascii_only
+    table = Table(title=f"{report.holder}: ready to take part?", title_justify="left", pad_edge=False)
+    table.add_column("")
+    table.add_column("what", no_wrap=True)
+    table.add_column("found", overflow="fold")
+    for finding in report.findings:
+        mark, simple, style = _MARKS[finding.state]
+        found = Text(finding.text)
+        if finding.remedy:
+            found.append(f"\n{'->' if plain else '→'} {finding.remedy}", style)
+        table.add_row(Text(simple if plain else mark, style), Text(finding.name), found)
+    out.print(table)
+    wrong = sum(finding.state == "remedy" for finding in report.findings)
+    out.print("ready" if report.good else f"not ready: {count(wrong, 'thing')} to change")
+
+
+def _read(holder: HolderFile) -> Records | DataError:
+    """The records, or why there are none."""
+    data = holder.data
+    try:
+        return load_records(data.source, data.columns, data.labels, holder.base)
+    except DataError as error:
+        # The reader speaks of recipes; here the same settings stand in the holder's own file.
+        text = str(error).replace("task.labels", "data.labels").replace("the recipe's folder", "this file's folder")
+        return DataError(text)
+
+
+def _file(holder: HolderFile) -> Iterator[Finding]:
+    yield Finding("holder file", "ok", f"{holder.name}, domain {holder.budget.domain}")
+    given = [name for name in ("server", "ca", "key") if getattr(holder, name) is not None]
+    shown = f"{', '.join(given)}: given, not tried" if given else "server, ca and key are not given"
+    yield Finding("connection", "unknown", f"{shown}; that comes with `fedhead join`")
+    if holder.key is not None and open_to_others(holder.path(holder.key)):
+        yield Finding("key", "remedy", "others can read the private key", f"Run: chmod 600 {holder.path(holder.key)}")
+
+
+def _data(holder: HolderFile, records: Records | DataError) -> Iterator[Finding]:
+    data = holder.data
+    if isinstance(records, DataError):
+        yield Finding("data", "remedy", *apart(records))
+        return
+    column = data.columns.get("label", "label")
+    if column not in records.columns:
+        yield Finding(
+            "data", "remedy", f'data.columns.label is "{column}": the data has no such column.',
+            f"Use one of: {', '.join(list(records.columns)[:12])}.",
+        )  # fmt: skip
+        return
+    if data.labels is None:
+        labels = f"{len(set(map(str, records.column(column).tolist())))} different labels"
+    else:
+        labels = f"{len(set(records.labels.tolist()))} of {len(data.labels)} labels occur"
+    yield Finding("data", "ok", f"{count(len(records), 'record')} ({records.kind}), {labels}")
+
+
+def _people(holder: HolderFile, records: Records | DataError) -> Iterator[Finding]:
+    person, units = holder.data.person, holder.limits.units
+    if person is None:
+        if "person" in units:
+            text = "data.person is not given: requests for the unit person can't be met"
+            yield Finding("persons", "unknown", text)
+        return
+    if isinstance(records, DataError):
+        yield Finding("persons", "unknown", NO_RECORDS)
+        return
+    try:
+        counts = Counter(names_of(records, person, "data.person").tolist())
+    except DataError as error:
+        yield Finding("persons", "remedy", *apart(error))
+        return
+    most = max(counts.values())
+    yield Finding("persons", "ok", f"{count(len(counts), 'person')}, at most {count(most, 'record')} each")
+    if "record" in units and most > 1:
+        yield Finding(
+            "unit", "warning",
+            "the unit record is accepted, and figures for records do not protect people with several: a person has up "
+            f"to {count(most, 'record')} here",
+            'Set limits.units = ["person"] to accept only requests that protect people.',
+        )  # fmt: skip
+
+
+def _limits(holder: HolderFile, records: Records | DataError) -> Iterator[Finding]:
+    limits = holder.limits
+    least = limits.least_records
+    if isinstance(records, DataError):
+        yield Finding("least records", "unknown", NO_RECORDS)
+    elif len(records) < least:
+        yield Finding(
+            "least records", "remedy", f"there are {len(records)} records, and limits.least_records is {least}",
+            "Take part with more records, or lower it.",
+        )  # fmt: skip
+    else:
+        yield Finding("least records", "ok", f"{len(records)} records, at least {least} wanted")
+    if "holder" in limits.units:
+        yield Finding(
+            "unit", "warning", "the unit holder is accepted: the server is then trusted to add the noise",
+            'Remove "holder" from limits.units unless you trust it.',
+        )  # fmt: skip
+    if limits.allow_seeded_noise:
+        yield Finding(
+            "noise", "warning", "limits.allow_seeded_noise is true: whoever sends the seed can take the noise off",
+            "Set it to false outside of tests.",
+        )  # fmt: skip

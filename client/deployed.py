@@ -1,0 +1,115 @@
+"""The workplace of one data holder in a deployment, from its own holder.toml and a recipe that arrived.
+
+Of the recipe only the model, the task and the numbers of training count. Records, person column, budget, limits, ledger
+and cache are the holder's own, noise comes from its operating system, and sums are taken in float64.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from fedhead.client.admission import Admission
+from fedhead.client.domains import Domains, identities
+from fedhead.client.holder import HolderFile, load_holder
+from fedhead.client.placing import alone, place
+from fedhead.client.training import Trainer
+from fedhead.client.workplace import Workplace, fingerprint
+from fedhead.common.config import RunConfig, changed, from_json
+from fedhead.common.data.records import Records
+from fedhead.common.data.sources import load_records
+from fedhead.common.errors import InputError
+from fedhead.common.preparation import featurize, load_backbone_for, make_trainable
+from fedhead.common.privacy.ledger import Ledger
+from fedhead.common.tasks import make_task
+
+log = logging.getLogger("fedhead.client")
+
+
+def deploy(path: Path, recipe: str) -> Workplace:
+    """The workplace of the holder whose file is at `path`, for a recipe as `to_json` writes it.
+
+    Raises
+    ------
+    InputError
+        The file or the records can't be used, or the recipe names code, files or a backbone that the holder doesn't
+        allow. The server learns a fixed code only.
+    """
+    holder = load_holder(path)
+    config = own_recipe(holder, from_json(recipe))
+    records = load_records(config.data.source, config.data.columns, config.task.labels, holder.base)
+    holder.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_disjoint(holder, records)
+    backbone, _ = load_backbone_for(config, records)
+    allowed = holder.limits.backbones
+    if allowed is not None and backbone.digest not in {digest.removeprefix("sha256:") for digest in allowed}:
+        raise InputError(f"limits.backbones lacks {backbone.digest}: a recipe asks for it. Add it to allow it.")
+    trainable = make_trainable(config, backbone, make_task(config.task))
+    if not holder.limits.allow_seeded_noise:
+        trainable.double()  # what the sensitivity of a release is proved for
+    features = featurize(config, backbone, records, holder.folder / "features", "features")
+    placed = place(config, features, alone(config, records), [holder.name])
+    admission = Admission(
+        Ledger(holder.ledger),
+        holder.limits,
+        holder.budget,
+        {holder.name: fingerprint(records.digests(), records.labels)},
+    )
+    trainer = Trainer(trainable, make_task(config.task))
+    return Workplace(config, backbone.digest, trainer, placed.training, admission, placed.apart)
+
+
+def check_disjoint(holder: HolderFile, records: Records) -> None:
+    """Remember whose records the domain has, and hold its declarations to that, before anything is trained.
+
+    Raises
+    ------
+    InputError
+        Two domains that are declared disjoint share somebody.
+    """
+    domains, mine = Domains(holder.folder), holder.budget.domain
+    domains.remember(mine, identities(records, holder.data.person))
+    for other in holder.budget.disjoint_from:
+        if domains.overlap(mine, other):
+            raise InputError(
+                f'budget.disjoint_from has "{other}": it shares records or persons with "{mine}". Remove it: the two '
+                "domains then add up."
+            )
+
+
+def own_recipe(holder: HolderFile, config: RunConfig) -> RunConfig:
+    """The recipe with the holder's records in place of those that it names.
+
+    Raises
+    ------
+    InputError
+        It names code or files on this machine that the holder doesn't allow.
+    """
+    _check_code(holder, config)
+    own = changed(
+        config,
+        {
+            "data.source": holder.data.source,
+            "data.columns": dict(holder.data.columns),
+            "privacy.person": holder.data.person,
+            "holders.budget": None,
+            "holders.limits": None,
+        },
+    )
+    own._base = holder.base
+    return own
+
+
+def _check_code(holder: HolderFile, config: RunConfig) -> None:
+    model = config.model
+    for setting, text in (
+        ("model.backbone", model.backbone), ("model.head.kind", model.head.kind), ("task.kind", config.task.kind)
+    ):  # fmt: skip
+        code = text.removeprefix("module:")
+        if code != text and code not in holder.limits.modules:
+            raise InputError(f'{setting} of a recipe is "{text}": limits.modules lacks it. Add "{code}" to allow it.')
+    if model.weights is not None and not model.weights.startswith("pkg://"):
+        raise InputError(
+            f'model.weights of a recipe is "{model.weights}": a file on this machine is not for a server to name. '
+            "Have the recipe name a package or the hub."
+        )

@@ -1,0 +1,56 @@
+"""One line of what `fedhead check` found, and how its numbers are written."""
+
+from __future__ import annotations
+
+import math
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from fedhead.common.errors import FedheadError
+
+State = Literal["ok", "warning", "remedy", "unknown"]
+NO_RECORDS: Final = "not looked at: there are no records"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was looked at, how it stands, and what to do about it."""
+
+    name: str
+    state: State
+    text: str
+    remedy: str = ""
+
+
+def apart(error: FedheadError) -> tuple[str, str]:
+    """A one-line fault as text and remedy: the remedy is its last sentence."""
+    text, point, remedy = str(error).rpartition(". ")
+    return (text, remedy) if point else (str(error), "")
+
+
+def count(number: int, name: str) -> str:
+    """A number of things, `1 record` or `1,200 records`."""
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
+
+
+def open_to_others(path: Path) -> bool:
+    """Whether anybody but the owner may read, write or enter."""
+    return bool(stat.S_IMODE(path.stat().st_mode) & 0o077)
+
+
+def spent_as(value: float) -> str:
+    """An epsilon that was spent, rounded up: never shown less than it is."""
+    return "infinite" if math.isinf(value) else f"{math.ceil(round(value * 1000, 6)) / 1000:.3f}"
+
+
+def left_as(value: float) -> str:
+    """An epsilon that is left, rounded down: never shown more than it is."""
+    return f"{math.floor(value * 1000) / 1000:.3f}"
+
+
+def delta_as(value: float) -> str:
+    """A delta as it is typed: 1e-6."""
+    mantissa, _, exponent = f"{value:.3g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa

@@ -1,0 +1,298 @@
+"""holder.toml: the data holder's own file. Nothing that arrives from a server can change what it says.
+
+name, server, ca, key     who this is, and where it will join
+[data]                    the records
+[budget]                  what they may cost in all
+[limits]                  what a request may ask for
+[storage]                 where the ledger and everything else of this holder lies
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+from pydantic import BaseModel, Field, PrivateAttr, TypeAdapter, ValidationError
+
+from fedhead.common.config.faults import fault, faults_of, setting_name
+from fedhead.common.config.limits import Budget, Limits
+from fedhead.common.config.reference import tables_of
+from fedhead.common.config.tables import Table
+from fedhead.common.errors import ConfigError
+
+LEDGER = "ledger.sqlite"
+ROLES = ("text", "image", "vector", "label")
+_PATH = r"^[^\x00]+$"
+_PAGE = "docs/holder.md"
+
+
+class HolderData(Table):
+    """The records of one data holder."""
+
+    source: str = Field(
+        pattern=r"^[a-z]+:[^\x00]+$",
+        description="Where the records are, as a recipe's `data.source`, such as `parquet:records.parquet`.",
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Which column is the `text`, `image` or `vector`, and which the `label`. Default: the role's name.",
+    )
+    person: str | None = Field(
+        None, min_length=1, description="The column that says whose record it is. Needed by the unit `person`."
+    )
+    labels: list[str] | None = Field(
+        None,
+        min_length=2,
+        description="The labels that the records may have; `fedhead check` then finds records with another one. "
+        "Default: it only counts how many different labels there are.",
+    )
+
+
+class Storage(Table):
+    """Where a holder keeps what is its own."""
+
+    folder: str = Field(
+        "state",
+        pattern=_PATH,
+        description="Folder of the ledger, the stored releases, the feature cache and the personal head.",
+    )
+
+
+class HolderFile(Table):
+    """A whole holder.toml.
+
+    Attributes
+    ----------
+    base : Path
+        Folder that relative paths in the file start from.
+    """
+
+    name: str = Field(
+        min_length=1, max_length=64, pattern=r"^[\w.-]+$", description="The holder's name, as the ledger writes it."
+    )
+    server: str | None = Field(
+        None, pattern=r"^\S+:[0-9]+$", description="Address of the coordinator, `fl.example.org:8443`. For `join`."
+    )
+    ca: str | None = Field(None, pattern=_PATH, description="Certificate that the coordinator is known by. For `join`.")
+    key: str | None = Field(None, pattern=_PATH, description="This holder's private key. For `join`.")
+    data: HolderData = Field(description="The records.")
+    budget: Budget = Field(description="What may be spent in all, over runs, restarts and changes of the data.")
+    limits: Limits = Field(default_factory=Limits, description="What a request may ask for.")
+    storage: Storage = Field(default_factory=Storage, description="Where this holder keeps what is its own.")
+
+    _base: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @property
+    def base(self) -> Path:
+        """Folder that relative paths in the file start from."""
+        return self._base
+
+    @property
+    def folder(self) -> Path:
+        """The storage folder."""
+        return self.path(self.storage.folder)
+
+    @property
+    def ledger(self) -> Path:
+        """The ledger's file; it may not be there yet."""
+        return self.folder / LEDGER
+
+    def path(self, text: str) -> Path:
+        """A path as typed in the file: relative ones start from the file's folder."""
+        return _resolve(text, self.base)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The settings of a file; None for one that has faults of its own, or isn't given."""
+
+    ca: str | None = None
+    key: str | None = None
+    data: HolderData | None = None
+    budget: Budget | None = None
+    limits: Limits | None = None
+
+
+def load_holder(path: str | Path) -> HolderFile:
+    """Read a holder.toml.
+
+    Parameters
+    ----------
+    path : path
+        A TOML file; relative paths inside it start from its folder.
+
+    Raises
+    ------
+    ConfigError
+        With every fault at once, one line each.
+    """
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            [f'HOLDER is "{path}": there is no such file. Name the data holder\'s own file; {_PAGE} shows one.']
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            [f'HOLDER is "{path}": it can\'t be read ({type(error).__name__}). Check the file.']
+        ) from error
+    except (ValueError, RecursionError) as error:  # besides TOML's own error: numbers and nesting beyond all bounds
+        reason = f" ({error})" if isinstance(error, tomllib.TOMLDecodeError) else ""
+        raise ConfigError([f'HOLDER is "{path}": it is no valid TOML{reason}. Correct it.']) from error
+    return make_holder(raw, base=path.parent)
+
+
+def make_holder(raw: Mapping[str, Any], base: Path | None = None) -> HolderFile:
+    """A holder's settings from a nested mapping.
+
+    Parameters
+    ----------
+    raw : mapping
+        The tables of the file.
+    base : Path, optional
+        Folder that relative paths start from; default: the current one.
+
+    Raises
+    ------
+    ConfigError
+        With every fault at once, one line each.
+    """
+    base = (base or Path.cwd()).resolve()
+    faults: list[str] = []
+    try:
+        found: HolderFile | None = HolderFile.model_validate(raw)
+    except ValidationError as error:
+        found = None
+        faults += [_for_this_page(line) for line in faults_of(error, raw, _known_keys(HolderFile))]
+    # Combinations are judged over the parts that are valid in themselves, so that all faults come at once.
+    hints = get_type_hints(HolderFile, include_extras=True)
+    parts = _Parts(**{name: _part(name, hints[name], raw) for name in _Parts.__dataclass_fields__})
+    for rule in _RULES:
+        faults += rule(parts, base)
+    if faults or found is None:
+        raise ConfigError(faults)
+    found._base = base
+    return found
+
+
+def _part(name: str, hint: Any, raw: Mapping[str, Any]) -> Any:
+    """One setting or table validated alone; None when it has faults of its own."""
+    info = HolderFile.model_fields[name]
+    if name not in raw:
+        return None if info.is_required() else info.get_default(call_default_factory=True)
+    try:
+        return TypeAdapter(Annotated[hint, info]).validate_python(raw[name])
+    except ValidationError:
+        return None
+
+
+def _resolve(text: str, base: Path) -> Path:
+    return base / Path(text).expanduser()
+
+
+def _for_this_page(line: str) -> str:
+    """The same fault, with the page that is about this file; the ends are those that `faults_of` writes."""
+    for end in ("docs/recipes.md lists every setting.", "docs/recipes.md shows what it may be."):
+        if line.endswith(end):
+            return line.removesuffix(end) + end.replace("docs/recipes.md", _PAGE)
+    return line
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> dict[str, list[str]]:
+    known = {prefix: list(model.model_fields)}
+    for name, info in model.model_fields.items():
+        for table in tables_of(info.annotation):
+            known |= _known_keys(table, f"{prefix}.{name}" if prefix else name)
+    return known
+
+
+def _files(parts: _Parts, base: Path) -> Iterator[str]:
+    for name in ("ca", "key"):
+        text = getattr(parts, name)
+        if text is not None and not _resolve(text, base).is_file():
+            yield fault(
+                name, text, "there is no such file", "Paths start at the file's folder; correct it, or leave it out."
+            )
+
+
+def _data(parts: _Parts, _: Path) -> Iterator[str]:
+    data = parts.data
+    if data is None:
+        return
+    for role, column in data.columns.items():
+        if role not in ROLES:
+            yield fault(
+                setting_name(("data", "columns", role), {}), column, f"a role must be one of {', '.join(ROLES)}",
+                "Further columns need no role.",
+            )  # fmt: skip
+    inputs = [role for role in ROLES[:3] if role in data.columns]
+    if len(inputs) > 1:
+        yield fault("data.columns", data.columns, "a record must have one input", "Keep one of text, image, vector.")
+    label = data.columns.get("label", "label")
+    for role in inputs:
+        if data.columns[role] == label:
+            yield fault(
+                f"data.columns.{role}", label, "it must be another column than the label's", "Name the input's column."
+            )
+    if data.person is not None and data.person in {label, *(data.columns[role] for role in inputs)}:
+        yield fault(
+            "data.person", data.person, "it must be a column of its own, not an input or label",
+            "Name the column that says whose record it is.",
+        )  # fmt: skip
+    if data.labels is not None and len(set(data.labels)) < len(data.labels):
+        twice = sorted({text for text in data.labels if data.labels.count(text) > 1})
+        yield fault("data.labels", twice, "a label must be listed once", "Remove the repetition.")
+
+
+def _budget(parts: _Parts, _: Path) -> Iterator[str]:
+    budget = parts.budget
+    if budget is None:
+        return
+    run = budget.per_run
+    for name in ("epsilon", "delta"):
+        value, most = None if run is None else getattr(run, name), getattr(budget, name)
+        if value is not None and value > most:
+            yield fault(f"budget.per_run.{name}", value, f"it must be at most budget.{name}, {most:g}", "Lower it.")
+    others = budget.disjoint_from
+    for index, other in enumerate(others):
+        if not re.fullmatch(r"[\w.-]{1,64}", other):
+            yield fault(
+                f"budget.disjoint_from[{index}]", other, "it must be the name of a domain",
+                "Name a budget.domain of this holder.",
+            )  # fmt: skip
+    if budget.domain in others:
+        yield fault(
+            "budget.disjoint_from", others, "a domain can't be disjoint from itself", f'Remove "{budget.domain}".'
+        )
+    if len(set(others)) < len(others):
+        yield fault("budget.disjoint_from", others, "a domain must be listed once", "Remove the repetition.")
+    if parts.limits is not None and parts.limits.release.metrics and budget.poisson_share == 1:
+        yield fault(
+            "budget.poisson_share", budget.poisson_share,
+            "it must be less than 1 when limits.release.metrics is true, because counts are not paid from that share",
+            "Lower it, or set limits.release.metrics = false.",
+        )  # fmt: skip
+
+
+def _limits(parts: _Parts, _: Path) -> Iterator[str]:
+    limits = parts.limits
+    if limits is None:
+        return
+    for name in ("tasks", "backbones"):
+        if getattr(limits, name) == []:
+            yield fault(
+                f"limits.{name}", [], "with an empty list every request is refused", "Name some, or leave it out."
+            )
+    if limits.units == ["person"] and parts.data is not None and parts.data.person is None:
+        yield fault(
+            "limits.units", limits.units, "the unit person needs data.person",
+            "Set data.person to the column that says whose record it is.",
+        )  # fmt: skip
+
+
+_RULES: tuple[Callable[[_Parts, Path], Iterator[str]], ...] = (_files, _data, _budget, _limits)

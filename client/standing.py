@@ -1,0 +1,134 @@
+"""What a data holder's storage folder says: whether it can be used, its ledger, budgets, and disjoint domains."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Final
+
+from fedhead.client.domains import DomainError, Domains, identities
+from fedhead.client.findings import Finding, apart, count, delta_as, left_as, open_to_others, spent_as
+from fedhead.client.holder import HolderFile
+from fedhead.common.data.records import Records
+from fedhead.common.errors import DataError, FedheadError
+from fedhead.common.privacy.filters import Terms, Totals, left, spent
+from fedhead.common.privacy.ledger import DomainSummary, Ledger
+
+GONE: Final = 1e-3  # share of epsilon below which a budget counts as used up: no useful run fits
+
+
+def storage(holder: HolderFile) -> Iterator[Finding]:
+    """Whether the storage folder is there (it is made), can be written, and is closed to others."""
+    folder = holder.folder
+    shown = f"storage.folder is {folder}"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        yield Finding("storage", "remedy", f"{shown}: it can't be made ({error.strerror})", "Name another folder.")
+        return
+    if not usable(holder):
+        yield Finding("storage", "remedy", f"{shown}: it can't be read and written", f"Run: chmod u+rwx {folder}")
+    elif open_to_others(folder):
+        yield Finding("storage", "remedy", f"{shown}: it is open to others", f"Run: chmod 700 {folder}")
+    else:
+        yield Finding("storage", "ok", "writable, and closed to others")
+
+
+def usable(holder: HolderFile) -> bool:
+    """Whether the storage folder can be read and written."""
+    return holder.folder.is_dir() and os.access(holder.folder, os.R_OK | os.W_OK | os.X_OK)
+
+
+def ledger(holder: HolderFile) -> Iterator[Finding]:
+    """Whether the ledger verifies, and what is left of each domain's budget. Nothing is written."""
+    if not usable(holder):
+        yield Finding("ledger", "unknown", "not looked at: the storage folder can't be used")
+        return
+    if not holder.ledger.exists():
+        yield Finding("ledger", "ok", "none yet: nothing was ever spent here")
+        yield _own_budget(holder, None)
+        return
+    try:
+        with Ledger(holder.ledger, create=False, read_only=True) as opened:
+            rows, domains, others = opened.verify(), opened.summary(holder.name), opened.holders()
+    except FedheadError as error:
+        yield Finding("ledger", "remedy", *apart(error))
+        return
+    yield Finding("ledger", "ok", f"{count(rows, 'row')}, every chain is whole")
+    if holder.name not in others and others:
+        yield Finding(
+            "ledger", "remedy", f'nothing in it is of "{holder.name}", but of {", ".join(others[:3])}',
+            "A budget goes with its name: set name back, or give this holder a storage folder of its own.",
+        )  # fmt: skip
+    own = next((one for one in domains if one.domain == holder.budget.domain), None)
+    yield _own_budget(holder, own)
+    yield from (_other_budget(one) for one in domains if one is not own)
+
+
+def disjoint(holder: HolderFile, records: Records | DataError) -> Iterator[Finding]:
+    """Remember whose data this domain holds, and compare it with the domains that are declared disjoint."""
+    domain, others = holder.budget.domain, holder.budget.disjoint_from
+    if not usable(holder) or isinstance(records, DataError):
+        if others:
+            yield Finding("disjoint", "unknown", "not looked at: it takes the records and the storage folder")
+        return
+    domains = Domains(holder.folder)
+    try:
+        domains.remember(domain, identities(records, holder.data.person))
+    except DataError as error:
+        if others:
+            yield Finding("disjoint", "unknown", "not looked at: persons can't be read", apart(error)[1])
+        return
+    except DomainError as error:
+        yield Finding("disjoint", "remedy", *apart(error))
+        return
+    for other in others:
+        yield _compared(domains, domain, other)
+
+
+def _own_budget(holder: HolderFile, found: DomainSummary | None) -> Finding:
+    """The budget of the file's domain, by the file's own terms."""
+    terms = holder.budget.terms()
+    totals, shared = (found.totals, found.shared) if found is not None else (Totals(), Totals())
+    rest, cost = left(terms, shared), spent(terms, totals)
+    parts = [f'"{holder.budget.domain}": {_figures(terms, cost.epsilon)}']
+    parts.append(f"left {left_as(rest.epsilon)}" + (" for full-batch runs" if terms.poisson_share else ""))
+    if terms.poisson_share:
+        parts.append(f"{left_as(rest.poisson_epsilon)} for Poisson plans")
+    if found is not None and found.overlapping:
+        parts.append(f"counted together with {', '.join(found.overlapping)}")
+    text = ", ".join(parts)
+    if max(rest.epsilon, rest.poisson_epsilon) < GONE * terms.epsilon:
+        return Finding("budget", "remedy", text, "Hardly anything is left: requests will be refused. Take other data.")
+    if found is not None and (found.terms, found.disjoint_from) != (terms, tuple(sorted(holder.budget.disjoint_from))):
+        return Finding(
+            "budget", "warning", text, "The ledger has other terms; those of this file count from the next run."
+        )
+    return Finding("budget", "ok", text)
+
+
+def _other_budget(found: DomainSummary) -> Finding:
+    """The budget of another domain of the same holder, as its ledger knows it."""
+    if found.terms is None or found.left is None or found.spent is None:
+        return Finding("budget", "unknown", f'"{found.domain}": the ledger has no terms of it')
+    text = f'"{found.domain}": {_figures(found.terms, found.spent.epsilon)}, left {left_as(found.left.epsilon)}'
+    return Finding("budget", "ok", text)
+
+
+def _figures(terms: Terms, epsilon: float) -> str:
+    return f"spent {spent_as(epsilon)} of epsilon {terms.epsilon:g} at delta {delta_as(terms.delta)}"
+
+
+def _compared(domains: Domains, domain: str, other: str) -> Finding:
+    """Whether one declaration of disjointness is true; says neither who is in both, nor how many."""
+    if not domains.seen(other):
+        text = f'"{other}" was not looked at here yet: its own check will compare'
+        return Finding("disjoint", "warning", text, f'Run "fedhead check" on the file of "{other}" too.')
+    try:
+        common = domains.overlap(domain, other)
+    except DomainError as error:
+        return Finding("disjoint", "remedy", *apart(error))
+    if common:
+        text = f'"{domain}" and "{other}" are declared disjoint, and are not: some are in both'
+        return Finding("disjoint", "remedy", text, f'Remove "{other}" from budget.disjoint_from: their costs add up.')
+    return Finding("disjoint", "ok", f'"{domain}" has nothing in common with "{other}"')

@@ -1,0 +1,266 @@
+"""What a recipe's run would cost each data holder, and whether its budget allows that: nothing is spent by asking."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final
+
+from fedhead.client.policy import check_request
+from fedhead.common.config import RunConfig
+from fedhead.common.errors import InputError, Refused
+from fedhead.common.privacy.events import CountEvent, Event, GaussianEvent, PoissonEvent
+from fedhead.common.privacy.filters import Limit, Terms, Totals, admits, charge_of, left, spent
+from fedhead.common.privacy.ledger import DomainSummary, Ledger
+from fedhead.common.privacy.planning import cost
+from fedhead.server.cohorts import Cohorts, most_participations
+from fedhead.server.planned import central, counted, planned_steps
+
+DOMAIN: Final = "default"
+MOST_ASKED: Final = 2_000_000  # holders times rounds whose cohorts are gone through one by one
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a run asks of a holder: rounds of training, and rounds with a noised count."""
+
+    rounds: int
+    counts: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """A recipe's run with its noise.
+
+    Attributes
+    ----------
+    config : RunConfig
+    noise_multiplier : float
+    """
+
+    config: RunConfig
+    noise_multiplier: float
+
+    def epsilon(self, part: Part) -> tuple[float, str]:
+        """Epsilon of a part of the run at the recipe's delta, and the accountant that computed it."""
+        metrics = self.config.privacy.metrics
+        other = part.counts / metrics.noise_multiplier**2 if metrics is not None else 0.0
+        steps, delta = planned_steps(self.config, part.rounds), self.config.privacy.delta
+        found = cost(self.noise_multiplier, delta, steps, self.config.privacy.sample_rate, other)
+        return found.epsilon, found.accountant
+
+    def charges(self, part: Part) -> Totals:
+        """What the ledger would charge, event by event as the rounds come; a Poisson plan whole."""
+        privacy, total = self.config.privacy, Totals()
+        if privacy.mechanism == "poisson":
+            assert privacy.sample_rate is not None
+            steps = planned_steps(self.config, most_asked(self.config))
+            event: Event = PoissonEvent(self.noise_multiplier, privacy.clipping_norm, privacy.sample_rate, steps)
+            total = total.plus(charge_of(event, privacy.delta))
+        else:
+            event = GaussianEvent(self.noise_multiplier, privacy.clipping_norm, planned_steps(self.config, 1))
+            charge = charge_of(event)
+            for _ in range(part.rounds):
+                total = total.plus(charge)
+        if privacy.metrics is not None:
+            charge = charge_of(CountEvent(privacy.metrics.noise_multiplier, 1.0, 1))
+            for _ in range(part.counts):
+                total = total.plus(charge)
+        return total
+
+
+def most_asked(config: RunConfig) -> int:
+    """Most rounds in which any one holder is asked."""
+    cohort = config.holders.per_round or config.holders.count
+    return most_participations(config.training.rounds, config.holders.count, cohort)
+
+
+def parts_of(config: RunConfig) -> dict[str, Part]:
+    """Simulated holder -> its part of the run. A very long run with cohorts gives every holder the largest part."""
+    rounds, count = config.training.rounds, config.holders.count
+    names = [f"holder-{number:05d}" for number in range(count)]
+    asked, counts = Counter[str](), Counter[str]()
+    if config.holders.per_round in (None, count) or rounds * count > MOST_ASKED:
+        whole = Part(most_asked(config), min(most_asked(config), sum(counted(config, n + 1) for n in range(rounds))))
+        return dict.fromkeys(names, whole)
+    cohorts = Cohorts(names, config.holders.per_round or count, config.run.seed)
+    for number in range(1, rounds + 1):
+        cohort = cohorts.of_round(number)
+        asked.update(cohort)
+        counts.update(cohort if counted(config, number) else ())
+    return {name: Part(asked[name], counts[name]) for name in names}
+
+
+def holders_of(work: Work, state: Path | None = None, ledgers: Sequence[Path] = ()) -> list[dict[str, Any]]:
+    """What each holder would spend, and its budget before and after; holders of whom all is the same are one entry.
+
+    Parameters
+    ----------
+    work : Work
+    state : path, optional
+        Folder that keeps the simulated holders between runs.
+    ledgers : sequence of path
+        Ledgers of data holders; each is taken to be asked in as many rounds as any holder.
+
+    Returns
+    -------
+    list of dict
+        `holders` (names), `rounds`, `counts`, `epsilon`, `delta`, `accountant`, `refused` (why the holder's limits
+        don't allow the request, or None; the backbone is not looked at), and `budget`: None, or `domain`,
+        `epsilon`, `delta`, `spent_before`, `spent_after`, `left_after` (epsilon, rounded down), `admitted`, `limit`
+        ("budget", "run" or None), `rounds_admitted`, `other_units`. Under the unit `holder` it is None.
+
+    Raises
+    ------
+    InputError
+        A ledger is named that isn't there.
+    LedgerError
+        A ledger can't be read, or was changed.
+    """
+    config = work.config
+    wanted: list[tuple[str, Part, list[DomainSummary], DomainSummary | None]]
+    if ledgers:
+        largest = Part(most_asked(config), max(part.counts for part in parts_of(config).values()))
+        named = [one for path in ledgers for one in _budgeted(_read(path))]
+        wanted = [(one.holder, largest, [two for two in named if two.holder == one.holder], one) for one in named]
+    else:
+        seen = _by_holder(_state_ledger(state))
+        domain = DOMAIN if config.holders.budget is None else config.holders.budget.domain
+        wanted = [
+            (name, part, seen.get(name, []), next((one for one in seen.get(name, []) if one.domain == domain), None))
+            for name, part in parts_of(config).items()
+        ]
+    entries: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name, part, summaries, summary in wanted:
+        key = (part, _fingerprint(summary), tuple(_fingerprint(one) for one in summaries))
+        if key not in entries:
+            epsilon, accountant = work.epsilon(part) if part.rounds else (0.0, "gdp")
+            entries[key] = {
+                "holders": [], "rounds": part.rounds, "counts": part.counts, "epsilon": epsilon,
+                "delta": config.privacy.delta, "accountant": accountant,
+                "refused": None if ledgers else _beyond_limits(work),
+                "budget": _budget(work, part, summaries, summary, bool(ledgers)),
+            }  # fmt: skip
+        entries[key]["holders"].append(name)
+    return list(entries.values())
+
+
+def _beyond_limits(work: Work) -> str | None:
+    limits, privacy = work.config.holders.limits, work.config.privacy
+    if limits is None:
+        return None
+    request: Any = SimpleNamespace(  # what the policy looks at; the real one needs the backbone's digest
+        unit=privacy.unit,
+        task=work.config.task.kind,
+        mechanism="none" if central(work.config) else privacy.mechanism,
+        clipping_norm=privacy.clipping_norm,
+        noise_multiplier=work.noise_multiplier,
+        metrics_noise=None if privacy.metrics is None else privacy.metrics.noise_multiplier,
+    )
+    try:
+        budgeted = work.config.holders.budget is not None and not central(work.config)
+        known = limits.model_copy(update={"backbones": None})
+        check_request(request, known, budgeted=budgeted)
+    except Refused as refused:
+        return str(refused)
+    return None
+
+
+def _budget(
+    work: Work, part: Part, summaries: Sequence[DomainSummary], summary: DomainSummary | None, declared: bool
+) -> dict[str, Any] | None:
+    settings = work.config.holders.budget
+    if central(work.config):
+        return None  # a holder's budget is for noise of its own; this run's is the server's, and so is its account
+    if summary is not None and (declared or settings is None):
+        domain, terms = summary.domain, summary.terms
+    else:  # what the recipe says now goes before what was declared in an earlier run
+        domain, terms = (DOMAIN, None) if settings is None else (settings.domain, settings.terms())
+    if terms is None:
+        return None
+    before = Totals() if summary is None else summary.shared
+    others = [
+        (one.terms, one.shared)
+        for one in summaries
+        if one.domain != domain and domain in one.overlapping and one.terms is not None
+    ]
+
+    def broken(some: Part) -> Limit | None:
+        """The first limit that this much of the run would break, in any domain that shares a unit with this one."""
+        charges = work.charges(some)
+        found = (admits(one, shared.plus(charges), charges) for one, shared in [(terms, before), *others])
+        return next((limit for limit in found if limit is not None), None)
+
+    limit = broken(part) if part.rounds else None
+    taken = part if limit is None else _fitting(work, part, broken)
+    after = before.plus(work.charges(taken)) if taken.rounds else before
+    unit = work.config.privacy.unit
+    return {
+        "domain": domain,
+        "epsilon": terms.epsilon,
+        "delta": terms.delta,
+        "spent_before": _spent(terms, before),
+        "spent_after": _spent(terms, after),
+        "left_after": _left(terms, after, work.config.privacy.mechanism),
+        "admitted": limit is None,
+        "limit": limit,
+        "rounds_admitted": taken.rounds,
+        "other_units": sorted(set(() if summary is None else summary.units) - {unit}),
+    }
+
+
+def _fitting(work: Work, part: Part, broken: Callable[[Part], Limit | None]) -> Part:
+    """How much of its part a holder would do before it refuses; counts are taken to come evenly among the rounds."""
+    low, high = Part(0, 0), part
+    while work.config.privacy.mechanism != "poisson" and high.rounds - low.rounds > 1:
+        middle = (low.rounds + high.rounds) // 2
+        some = Part(middle, part.counts * middle // part.rounds)
+        low, high = (some, high) if broken(some) is None else (low, some)
+    return low
+
+
+def _spent(terms: Terms, totals: Totals) -> float:
+    return spent(terms, totals).epsilon if totals != Totals() else 0.0
+
+
+def _left(terms: Terms, totals: Totals, mechanism: str) -> float:
+    found = left(terms, totals)
+    return found.poisson_epsilon if mechanism == "poisson" else found.epsilon
+
+
+def _state_ledger(state: Path | None) -> list[DomainSummary]:
+    if state is None:
+        return []
+    from fedhead.simulations.ledgers import ledger_of  # brings torch, which nothing before needs
+
+    path = ledger_of(Path(), state)
+    return _read(path) if path.exists() else []
+
+
+def _read(path: Path) -> list[DomainSummary]:
+    if not path.is_file():
+        raise InputError(f'--ledger is "{path}": there is no such file. Name a ledger.sqlite of a data holder.')
+    with Ledger(path, create=False, read_only=True) as ledger:
+        return ledger.summary()
+
+
+def _budgeted(summaries: Sequence[DomainSummary]) -> list[DomainSummary]:
+    """The domains with a budget; of a holder without any budget, all its domains."""
+    limited = {one.holder for one in summaries if one.terms is not None}
+    return [one for one in summaries if one.terms is not None or one.holder not in limited]
+
+
+def _by_holder(summaries: Sequence[DomainSummary]) -> Mapping[str, list[DomainSummary]]:
+    found: dict[str, list[DomainSummary]] = {}
+    for one in summaries:
+        found.setdefault(one.holder, []).append(one)
+    return found
+
+
+def _fingerprint(summary: DomainSummary | None) -> tuple[Any, ...] | None:
+    if summary is None:
+        return None
+    return summary.domain, summary.terms, summary.totals, summary.shared, summary.overlapping, summary.units

@@ -1,0 +1,238 @@
+"""A deployed holder: its limits and its ledger have the last word, whatever arrives."""
+
+import shutil
+
+import pytest
+import torch
+
+from fedhead.client import deployed as deployed_module
+from fedhead.common import protocol, refusals
+from fedhead.common.features import FeatureSet
+from fedhead.common.privacy.events import from_json
+from fedhead.common.privacy.ledger import Ledger
+from fedhead.common.refusals import TEXTS
+
+
+def head_of(reply):
+    assert not reply.has_error(), reply.error
+    return {name: array.numpy() for name, array in reply.content[protocol.ARRAYS].items()}
+
+
+def code_of(reply):
+    assert reply.has_error()
+    _, code, text = protocol.read_refusal(reply)
+    assert text == TEXTS[code]
+    return code
+
+
+def spent(holder):
+    """Sum of steps / noise^2 that the ledger holds."""
+    ledger = Ledger(holder.ledger)
+    try:
+        ledger.verify()
+        events = [from_json(one.event) for one in ledger.entries() if one.kind == "reserve"]
+        return sum(event.steps / event.noise_multiplier**2 for event in events)
+    finally:
+        ledger.close()
+
+
+def test_a_round_is_charged_released_and_useful(deployed):
+    holder = deployed()
+    reply = holder.ask()
+    head = head_of(reply)
+    assert head["head.weight"].dtype == "float32"
+    assert abs(head["head.weight"]).max() > 0
+    assert spent(holder) == pytest.approx(1 / 400)
+    mark = protocol.read_mark(reply)
+    ledger = Ledger(holder.ledger)
+    assert ledger.mark("st-mary") == mark
+    kinds = [one.kind for one in ledger.entries()]
+    assert kinds[-2:] == ["reserve", "release"]
+    ledger.close()
+
+
+def test_noise_is_fresh_and_no_seed_that_arrives_is_used(deployed):
+    first, second, third = deployed(), deployed(), deployed()
+    one = head_of(first.ask(seed=7))
+    first.restart()
+    two = head_of(second.ask(seed=7))
+    second.restart()
+    for seeded in (torch.manual_seed,):
+        seeded(7)
+    three = head_of(third.ask(seed=None))
+    for a, b in ((one, two), (one, three), (two, three)):
+        assert (a["head.weight"] != b["head.weight"]).mean() > 0.99
+
+
+def test_seeded_noise_is_used_only_where_the_holder_allows_it(deployed):
+    first, second = (deployed(limits="allow_seeded_noise = true") for _ in range(2))
+    one = head_of(first.ask(seed=7))
+    first.restart()
+    assert (head_of(second.ask(seed=7))["head.weight"] == one["head.weight"]).all()
+    ledger = Ledger(second.ledger)
+    assert {e.noise for e in ledger.entries() if e.kind == "reserve"} == {"mt19937-seeded"}
+    ledger.close()
+
+
+def test_a_repeated_request_gets_the_same_bytes_and_costs_nothing(deployed):
+    holder = deployed()
+    request = holder.request()
+    one = holder.send(holder.message(request))
+    holder.restart()  # also across processes
+    two = holder.send(holder.message(request))
+    assert protocol.pack(one.content) == protocol.pack(two.content)
+    assert spent(holder) == pytest.approx(1 / 400)
+
+
+def test_the_same_round_with_another_request_or_head_is_refused(deployed):
+    holder = deployed()
+    assert not holder.ask().has_error()
+    assert code_of(holder.ask(learning_rate=2.0)) == refusals.CHANGED_ROUND
+    assert code_of(holder.ask(head=torch.ones(10, 64))) == refusals.CHANGED_ROUND
+    assert not holder.ask(round=2).has_error()
+    assert code_of(holder.ask(learning_rate=2.0)) in (refusals.STALE_ROUND, refusals.CHANGED_ROUND)
+    assert spent(holder) == pytest.approx(2 / 400)
+
+
+def test_an_older_round_is_refused(deployed):
+    holder = deployed()
+    assert not holder.ask(round=3).has_error()
+    assert code_of(holder.ask(round=2)) == refusals.STALE_ROUND
+    assert spent(holder) == pytest.approx(1 / 400)
+
+
+def test_the_budget_holds_across_runs_and_restarts(deployed):
+    holder = deployed()
+    codes = []
+    for number in range(12):
+        reply = holder.ask(run=f"run-{number}", noise_multiplier=3.0)
+        codes.append(code_of(reply) if reply.has_error() else 0)
+        holder.restart()
+    # epsilon 3 at delta 1e-5 is mu^2 = .516: four steps of 1/9 fit, five don't
+    assert codes == [0] * 4 + [refusals.BEYOND_BUDGET] * 8
+    assert not holder.ask(run="cheap", noise_multiplier=100.0).has_error()
+
+
+def test_a_run_has_a_limit_of_its_own(deployed):
+    holder = deployed(budget="per_run = { epsilon = 1.0 }")
+    found = [holder.ask(round=number, noise_multiplier=5.0) for number in (1, 2)]
+    assert not found[0].has_error()
+    assert code_of(found[1]) == refusals.BEYOND_RUN
+    assert not holder.ask(run="other", noise_multiplier=5.0).has_error()
+
+
+@pytest.mark.parametrize(
+    ("limits", "changes", "code"),
+    [
+        ("noise_multiplier_min = 25.0", {}, refusals.LITTLE_NOISE),
+        ("clipping_norm_max = 0.2", {}, refusals.LARGE_CLIPPING_NORM),
+        ('units = ["person", "holder"]', {}, refusals.OTHER_UNIT),
+        ('tasks = ["segmentation"]', {}, refusals.OTHER_TASK),
+        ("", {"mechanism": "none", "noise_multiplier": 0.0}, refusals.NO_PRIVACY),
+        ("", {"metrics_noise": 20.0}, refusals.NO_METRICS),
+        ("", {"noise_multiplier": 0.0}, refusals.INVALID_REQUEST),
+        ("", {"plan_steps": 1, "local_steps": 3}, refusals.INVALID_REQUEST),
+        ("", {"backbone": "0" * 64}, refusals.OTHER_MODEL),
+        ("", {"noise_multiplier": 0.5}, refusals.BEYOND_BUDGET),
+    ],
+)
+def test_what_goes_beyond_the_limits_is_refused_before_any_record_is_read(deployed, monkeypatch, limits, changes, code):
+    holder = deployed(limits=limits)
+    assert holder.ask(round=1, backbone="1" * 64).has_error()  # opens the workplace
+
+    def touched(*_):
+        raise AssertionError("a record was read")
+
+    monkeypatch.setattr(FeatureSet, "batch", touched)
+    assert code_of(holder.ask(round=2, **changes)) == code
+    assert spent(holder) == 0
+
+
+def test_an_older_copy_of_the_ledger_is_noticed(deployed, tmp_path):
+    holder = deployed()
+    first = holder.ask()
+    holder.restart()
+    shutil.copytree(holder.folder / "state", tmp_path / "backup")
+    second = holder.ask(round=2, seen=protocol.read_mark(first))
+    seen = protocol.read_mark(second)
+    holder.restart()
+    shutil.rmtree(holder.folder / "state")
+    shutil.copytree(tmp_path / "backup", holder.folder / "state")
+    assert code_of(holder.ask(round=3, seen=seen)) == refusals.OLD_LEDGER
+    assert code_of(holder.ask(round=3, run="new", seen=seen)) == refusals.OLD_LEDGER
+    assert not holder.ask(round=3, seen=protocol.read_mark(first)).has_error()
+
+
+def test_training_that_fails_stays_spent_and_says_nothing(deployed, monkeypatch):
+    holder = deployed()
+    assert not holder.ask().has_error()
+
+    def broken(*_, **__):
+        raise ValueError("patient 4711")
+
+    from fedhead.client.training import Trainer
+
+    monkeypatch.setattr(Trainer, "round", broken)
+    reply = holder.ask(round=2)
+    assert code_of(reply) == refusals.TRAINING_FAILED
+    assert "4711" not in str(reply.error)
+    assert spent(holder) == pytest.approx(2 / 400)
+    monkeypatch.undo()
+    assert not holder.ask(round=2).has_error()  # the same round again is a new spend
+    assert spent(holder) == pytest.approx(3 / 400)
+
+
+def test_a_broken_ledger_stops_all_training(deployed, monkeypatch):
+    holder = deployed()
+    assert not holder.ask().has_error()
+    holder.restart()
+    data = bytearray(holder.ledger.read_bytes())
+    data[len(data) // 2] ^= 1
+    holder.ledger.write_bytes(bytes(data[: len(data) * 2 // 3]))
+    for path in holder.folder.glob("state/ledger.sqlite-*"):
+        path.unlink()
+    assert code_of(holder.ask(round=2)) in (refusals.NO_LEDGER, refusals.TRAINING_FAILED)
+
+
+def test_the_holders_own_constant_goes_before_the_requests(deployed):
+    holder = deployed(limits="release = { declared_records = 1400 }")
+    reply = holder.ask()
+    assert protocol.read_update(reply, {"head.weight": torch.zeros(10, 64), "head.bias": torch.zeros(10)}) == 1400
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ({"model.backbone": "module:os:getcwd"}, "limits.modules"),
+        ({"model.head.kind": "module:os:getcwd"}, "limits.modules"),
+        ({"model.weights": "/etc/passwd"}, "model.weights"),
+    ],
+)
+def test_a_recipe_can_not_name_code_or_files_of_the_holders_machine(deployed, change, remedy):
+    from fedhead.client.holder import load_holder
+    from fedhead.common.config import changed
+    from fedhead.common.errors import InputError
+
+    holder = deployed()
+    with pytest.raises(InputError, match=remedy):
+        deployed_module.own_recipe(load_holder(holder.file), changed(holder.config, change))
+
+
+def test_a_false_declaration_of_disjointness_stops_everything(deployed):
+    holder = deployed()
+    assert not holder.ask().has_error()
+    holder.restart()
+    text = holder.file.read_text()
+    other = text.replace('domain = "wards"', 'domain = "clinic"\ndisjoint_from = ["wards"]')
+    holder.file.write_text(other)  # the same records under another name
+    assert code_of(holder.ask(run="run-2")) == refusals.NOT_READY
+    assert spent(holder) == pytest.approx(1 / 400)
+
+
+def test_two_domains_of_one_holder_add_up(deployed):
+    holder = deployed()
+    assert not holder.ask(noise_multiplier=1.5).has_error()  # .444 of .516
+    holder.restart()
+    holder.file.write_text(holder.file.read_text().replace('domain = "wards"', 'domain = "clinic"'))
+    assert code_of(holder.ask(run="run-2", noise_multiplier=1.5)) == refusals.BEYOND_BUDGET
+    assert not holder.ask(run="run-2", noise_multiplier=20.0).has_error()

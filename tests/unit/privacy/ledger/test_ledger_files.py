@@ -1,0 +1,544 @@
+"""The ledger's file: modes, damage of every kind, full disks, foreign files; never a silent admission."""
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from fedhead.common.errors import FedheadError
+from fedhead.common.failpoints import FAILPOINTS, installed
+from fedhead.common.privacy.events import GaussianEvent
+from fedhead.common.privacy.filters import Terms
+from fedhead.common.privacy.ledger import Granted, Ledger, LedgerError, Mark, Reservation, reading
+from fedhead.common.privacy.ledger.files import OBJECTS
+from fedhead.common.privacy.ledger.state import State
+
+ONE = GaussianEvent(10.0, 1.0, 1)
+ROUNDS = 6  # of the seven that the budget admits
+
+
+def want(round: int, run: str = "run") -> Reservation:
+    return Reservation("ann", "notes", run, round, f"digest-{round}", ONE, "record", "f0", "os")
+
+
+def fill(ledger: Ledger, rounds: int = ROUNDS) -> Mark:
+    ledger.declare("ann", "notes", Terms(1.0, 1e-5))
+    for round in range(rounds):
+        (granted,) = ledger.reserve([want(round)])
+        ledger.release([("ann", granted.sequence, b"payload" * 20)])
+    return ledger.mark("ann")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "ledger.sqlite"
+
+
+def files(path: Path) -> list[str]:
+    return sorted(file.name for file in path.parent.iterdir())
+
+
+def test_the_package_imports_neither_torch_nor_an_accountant(tmp_path: Path):
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from fedhead.common.privacy.ledger import *\n"
+        "from fedhead.common.privacy.events import GaussianEvent; from fedhead.common.privacy.filters import Terms\n"
+        "ledger = Ledger(Path(sys.argv[1])); ledger.declare('ann', 'notes', Terms(1.0, 1e-5))\n"
+        "event = GaussianEvent(10., 1., 1)\n"
+        "(got,) = ledger.reserve([Reservation('ann', 'notes', 'run', 1, 'd', event, 'record', 'f', 'os')])\n"
+        "ledger.release([('ann', got.sequence, b'bytes')]); ledger.verify(); ledger.summary()\n"
+        "heavy = {'torch', 'flwr', 'opacus', 'dp_accounting', 'pydantic', 'cryptography'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "l.sqlite")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_file_and_folder_are_the_user_s_own(path: Path):
+    with Ledger(path) as ledger:
+        fill(ledger, 1)
+        assert files(path) == ["ledger.sqlite", "ledger.sqlite-shm", "ledger.sqlite-wal"]
+        for file in path.parent.iterdir():
+            assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert files(path) == ["ledger.sqlite"]
+
+
+def test_durable_settings(path: Path):
+    with Ledger(path) as ledger:
+        assert ledger._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert ledger._connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+
+
+def test_rows_can_t_be_changed_or_deleted(path: Path):
+    with Ledger(path) as ledger:
+        fill(ledger, 1)
+        for sql in ("DELETE FROM entries", "UPDATE entries SET domain_mu_squared = 0"):
+            with pytest.raises(sqlite3.IntegrityError, match="never"):
+                ledger._connection.execute(sql)
+
+
+def test_no_file(path: Path):
+    for options in ({"create": False}, {"read_only": True}):
+        with pytest.raises(LedgerError, match="is not there"):
+            Ledger(path, **options)
+    path.mkdir(parents=True)
+    with pytest.raises(LedgerError, match="is not there"):
+        Ledger(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"\0" * 5000, b"SQLite format 3\0", b"SQLite format 3\0" + b"\0" * 9000]
+)
+def test_no_ledger(path: Path, content: bytes):
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(LedgerError, match="ledger"):
+        Ledger(path)
+    assert path.read_bytes() == content
+
+
+def test_another_database(path: Path):
+    path.parent.mkdir()
+    with sqlite3.connect(path) as other:
+        other.execute("CREATE TABLE entries (holder)")
+    other.close()
+    with pytest.raises(LedgerError, match="is not a ledger"):
+        Ledger(path)
+
+
+def test_a_later_schema(path: Path):
+    with Ledger(path) as ledger:
+        fill(ledger, 1)
+        ledger._connection.execute("PRAGMA user_version = 2")
+    with pytest.raises(LedgerError, match="has schema 2: this fedhead knows 1"):
+        Ledger(path)
+
+
+@pytest.mark.parametrize(
+    "sql",
+    ["DROP TRIGGER entries_stay", "CREATE TABLE more (x)", "ALTER TABLE entries ADD COLUMN more", "DROP VIEW events"],
+)
+def test_other_tables(path: Path, sql: str):
+    with Ledger(path) as ledger:
+        fill(ledger, 1)
+        ledger._connection.execute(sql)
+    with pytest.raises(LedgerError, match="tables"):
+        Ledger(path)
+
+
+# -------------------------------------------------------------------------------------------------------------- damage
+
+
+def silent(path: Path, mark: Mark, spent: float) -> str | None:
+    """What a damaged ledger admits without a word, None where it is refused or nothing is lost."""
+    try:
+        with Ledger(path) as ledger:
+            (got,) = ledger.reserve([want(ROUNDS, run="after")])
+            if not isinstance(got, Granted):
+                return f"answered {got}"
+            if got.sequence != mark.sequence + 1 or not ledger.has("ann", mark):
+                return "forgot rows"
+            if ledger.standing("ann")[1]["notes"].mu_squared < spent + 0.01:
+                return "forgot a charge"
+    except FedheadError as error:
+        return None if "\n" not in str(error) else "more than one line"
+    return None
+
+
+def damage(path: Path, tmp_path: Path, change) -> str | None:
+    """`silent` on a copy whose bytes went through `change`."""
+    with Ledger(path) as ledger:
+        mark, spent = ledger.mark("ann"), ledger.standing("ann")[1]["notes"].mu_squared
+    copy = tmp_path / "copy.sqlite"
+    for suffix in ("-wal", "-shm"):
+        copy.with_name(copy.name + suffix).unlink(missing_ok=True)
+    data = bytearray(path.read_bytes())
+    copy.write_bytes(change(data))
+    return silent(copy, mark, spent)
+
+
+def flips(path: Path, tmp_path: Path, step: int) -> list[tuple[int, str]]:
+    """What single flipped bits admit silently: one in `step` bytes, and in each byte of the last totals."""
+    found = []
+    data = path.read_bytes()
+    with Ledger(path) as ledger:
+        last = [entry for entry in ledger.entries() if entry.kind == "reserve"][-1]
+    row = data.index((last.previous + last.hash).encode())
+    numbers = range(row - 16, row)  # the totals of the last charge that are not 0 stand before its hashes
+    for place in sorted({*range(0, len(data), step), *numbers}):
+
+        def change(data: bytearray, place: int = place) -> bytes:
+            data[place] ^= 1 << (place // step) % 8
+            return bytes(data)
+
+        what = damage(path, tmp_path, change)
+        if what is not None:
+            found.append((place, what))
+    return found
+
+
+@pytest.fixture
+def closed(path: Path) -> Path:
+    with Ledger(path) as ledger:
+        fill(ledger)
+    return path
+
+
+def test_no_bit_flip_admits_silently(closed: Path, tmp_path: Path):
+    assert flips(closed, tmp_path, 151) == []
+
+
+@pytest.mark.parametrize("blind", ["rows", "ends"])
+def test_flips_are_noticed_by_our_checks_and_not_by_chance(closed: Path, tmp_path: Path, blind: str, monkeypatch):
+    if blind == "rows":
+        monkeypatch.setattr(State, "fault", lambda self, entry: None)
+    else:
+        monkeypatch.setattr(reading, "replay", blind_replay)
+    assert flips(closed, tmp_path, 307) != []
+
+
+def blind_replay(connection, path, state) -> int:
+    """Twin: takes the rows as they are found, and does not ask where the chain ends."""
+    for entry in reading.chain(connection, state.holder, state.sequence):
+        if entry.previous == state.hash:
+            state.apply(entry)
+    return 0
+
+
+def test_every_column_is_covered_by_the_hash(closed: Path):
+    raw = sqlite3.connect(closed)
+    raw.execute("DROP TRIGGER entries_keep")
+    columns = [row[1] for row in raw.execute("PRAGMA table_info(entries)")]
+    for column in columns:
+        for sequence in (2, 3, 2 * ROUNDS + 1):
+            raw.execute("BEGIN")
+            before = raw.execute(f"SELECT {column} FROM entries WHERE sequence = {sequence}").fetchone()[0]
+            value = {str: "x", int: 77, float: 0.5, type(None): "y"}[type(before)]
+            raw.execute(f"UPDATE entries SET {column} = ? WHERE sequence = {sequence}", (value,))
+            state = State("ann")
+            with pytest.raises(LedgerError, match="damaged"):
+                reading.replay(raw, closed, state)
+            raw.execute("ROLLBACK")
+    assert reading.replay(raw, closed, State("ann")) == 2 * ROUNDS + 1
+    raw.close()
+
+
+@pytest.mark.parametrize("keep", ["last", "middle", "first", "all"])
+def test_rows_left_out(closed: Path, keep: str):
+    raw = sqlite3.connect(closed)
+    raw.execute("DROP TRIGGER entries_stay")
+    where = {"last": "sequence = 13", "middle": "sequence = 7", "first": "sequence = 1", "all": "1"}[keep]
+    raw.execute(f"DELETE FROM entries WHERE {where}")
+    raw.execute(OBJECTS["entries_stay"])
+    raw.commit()
+    raw.close()
+    with Ledger(closed) as ledger, pytest.raises(LedgerError, match="damaged"):
+        ledger.reserve([want(ROUNDS)])
+
+
+def test_a_row_with_a_good_hash_and_a_low_total(closed: Path, monkeypatch):
+    """What a writer that forgets to charge would leave."""
+    from fedhead.common.privacy.ledger import store
+
+    original = store.spend
+    with Ledger(closed) as ledger:
+        state = ledger._state("ann")
+        monkeypatch.setattr(store, "spend", lambda s, w: original(s, w)._replace(after=s.totals(w.domain, w.run)))
+        ledger.reserve([want(ROUNDS)])
+        assert state.sequence == 2 * ROUNDS + 2
+    monkeypatch.undo()
+    with Ledger(closed) as ledger, pytest.raises(LedgerError, match="total below"):
+        ledger.mark("ann")
+
+
+def test_stored_bytes_that_were_changed(closed: Path):
+    with Ledger(closed) as ledger:
+        ledger._connection.execute("UPDATE payloads SET bytes = x'00'")
+        with pytest.raises(LedgerError, match="stored bytes of entry 12 of ann"):
+            ledger.reserve([want(ROUNDS - 1)])
+        with pytest.raises(LedgerError, match="stored bytes of entry 12 of ann"):
+            ledger.verify()
+
+
+def test_verify_names_the_first_bad_row(closed: Path):
+    with Ledger(closed) as ledger:
+        assert ledger.verify() == 2 * ROUNDS + 1
+        assert ledger.verify("ann") == 2 * ROUNDS + 1
+        raw = ledger._connection
+        (sql,) = raw.execute("SELECT sql FROM sqlite_master WHERE name = 'entries_keep'").fetchone()
+        raw.execute("DROP TRIGGER entries_keep")
+        raw.execute("UPDATE entries SET domain_mu_squared = 0 WHERE sequence IN (5, 9)")
+        raw.execute(sql)
+        with pytest.raises(LedgerError, match="entry 5 of ann has a hash that does not fit"):
+            ledger.verify()
+    with Ledger(closed) as ledger, pytest.raises(LedgerError, match="entry 5 of ann"):
+        ledger.reserve([want(ROUNDS)])
+
+
+def test_entries_of_no_chain(closed: Path):
+    with Ledger(closed) as ledger:
+        last = list(ledger.entries())[-1]
+        ledger._connection.execute(f"INSERT INTO entries VALUES ({','.join('?' * len(last))})", ("eve", *last[1:]))
+        with pytest.raises(LedgerError, match="belong to no chain"):
+            ledger.verify()
+
+
+def test_a_truncated_file(closed: Path, tmp_path: Path):
+    size = closed.stat().st_size
+    for length in range(0, size, 977):
+        assert damage(closed, tmp_path, lambda data, length=length: bytes(data[:length])) is None
+        with pytest.raises(LedgerError):
+            Ledger(tmp_path / "copy.sqlite", create=False).reserve([want(ROUNDS)])
+
+
+def test_a_file_that_was_replaced_while_open(closed: Path, tmp_path: Path):
+    copy = tmp_path / "copy.sqlite"
+    shutil.copy(closed, copy)
+    with Ledger(closed) as ledger:
+        ledger.mark("ann")
+        os.replace(copy, closed)
+        with pytest.raises(LedgerError, match="was replaced"):
+            ledger.reserve([want(ROUNDS)])
+
+
+# ------------------------------------------------------------------------------------------------- the write-ahead log
+
+
+@pytest.fixture
+def killed(path: Path) -> tuple[Path, Mark]:
+    """A ledger whose process died: all rows are in the write-ahead log."""
+    child = os.fork()
+    if child == 0:
+        ledger = Ledger(path)
+        fill(ledger)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert (path.parent / "ledger.sqlite-wal").stat().st_size > 10_000
+    copy = path.with_name("ask.sqlite")
+    for suffix in ("", "-wal"):
+        shutil.copy(f"{path}{suffix}", f"{copy}{suffix}")
+    with Ledger(copy) as ledger:
+        mark = ledger.mark("ann")
+    assert mark.sequence == 2 * ROUNDS + 1
+    return path, mark
+
+
+def log_damage(path: Path, mark: Mark, tmp_path: Path, change) -> tuple[str, int]:
+    """What is found with a changed log: an error or the rows, and how many."""
+    copy = tmp_path / "copy.sqlite"
+    for suffix in ("-wal", "-shm"):
+        copy.with_name(copy.name + suffix).unlink(missing_ok=True)
+    shutil.copy(path, copy)
+    (tmp_path / "copy.sqlite-wal").write_bytes(change(bytearray(Path(f"{path}-wal").read_bytes())))
+    try:
+        with Ledger(copy) as ledger:
+            found = ledger.mark("ann")
+            assert ledger.has("ann", mark) == (found == mark)
+            return "rows", found.sequence
+    except LedgerError:
+        return "refused", 0
+
+
+def test_a_flipped_log_is_refused_unless_only_its_end_is_lost(killed: tuple[Path, Mark], tmp_path: Path):
+    path, mark = killed
+    size = Path(f"{path}-wal").stat().st_size
+    found = []
+    for place in range(0, size, 1201):
+
+        def change(data: bytearray, place: int = place) -> bytes:
+            data[place] ^= 1 << place % 8
+            return bytes(data)
+
+        found.append((place, *log_damage(path, mark, tmp_path, change)))
+    # the last transaction may look like a write that never finished: a release that was lost leaves its reserve
+    wrong = [one for one in found if one[1] == "rows" and one[2] < mark.sequence - 1]
+    assert wrong == []
+    assert sum(one[1] == "refused" for one in found) > len(found) / 2
+
+
+def test_a_torn_log_shows_whole_transactions_and_no_error(killed: tuple[Path, Mark], tmp_path: Path):
+    path, mark = killed
+    size = Path(f"{path}-wal").stat().st_size
+    seen = set()
+    for length in range(0, size + 1, 3001):
+        what, rows = log_damage(path, mark, tmp_path, lambda data, length=length: bytes(data[:length]))
+        assert what == "rows"
+        seen.add(rows)
+    assert len(seen) > ROUNDS
+
+
+# --------------------------------------------------------------------------------------------- disks, rights, processes
+
+
+def test_a_disk_without_space(path: Path):
+    with Ledger(path) as ledger:
+        mark = fill(ledger, 2)
+        pages = ledger._connection.execute("PRAGMA page_count").fetchone()[0]
+        ledger._connection.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(LedgerError, match=r"is full.*nothing was admitted.*Free some space"):
+            ledger.release([("ann", ledger.reserve([want(2)])[0].sequence, b"x" * 50_000)])
+        ledger._connection.execute("PRAGMA max_page_count = 1000000")
+        assert ledger.has("ann", mark)
+        assert ledger.verify() == 6
+        assert isinstance(ledger.reserve([want(3)])[0], Granted)
+
+
+def test_a_file_that_can_t_grow(path: Path):
+    """The operating system itself refuses the write: the child reports what the ledger made of it."""
+    with Ledger(path) as ledger:
+        mark = fill(ledger, 2)
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            mine = Ledger(path)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, resource.RLIM_INFINITY))
+            try:
+                for round in range(2, 5):
+                    mine.release([("ann", mine.reserve([want(round)])[0].sequence, b"x" * 100_000)])
+                text = "admitted"
+            except LedgerError as error:
+                text = str(error)
+            os.write(write, text.encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        said = os.read(read, 10_000).decode()
+        assert "nothing was admitted and nothing may leave" in said
+        assert ledger.has("ann", mark)
+        ledger.verify()
+        assert isinstance(ledger.reserve([want(6)])[0], Granted)
+
+
+@pytest.mark.parametrize("operation", ["declare", "reserve", "release", "abandon"])
+@pytest.mark.parametrize("stage", ["begin", "locked", "written", "committed"])
+def test_a_fault_at_every_point(path: Path, operation: str, stage: str):
+    name = f"ledger.{operation}.{stage}"
+    with Ledger(path) as ledger:
+        fill(ledger, 2)
+        (open_one,) = ledger.reserve([want(2)])
+        before = ledger.mark("ann")
+
+        def fail(reached: str) -> None:
+            if reached == name:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        act = {
+            "declare": lambda: ledger.declare("ann", "notes", Terms(2.0, 1e-5)),
+            "reserve": lambda: ledger.reserve([want(3)]),
+            "release": lambda: ledger.release([("ann", open_one.sequence, b"bytes")]),
+            "abandon": lambda: ledger.abandon("ann", open_one.sequence),
+        }[operation]
+        with installed(fail), pytest.raises(LedgerError, match=r"No space.*Free some space"):
+            act()
+        grown = ledger.mark("ann").sequence - before.sequence
+        assert grown == (1 if stage == "committed" else 0)
+        act()  # once there is space, it goes on
+        ledger.verify()
+        spent = ledger.standing("ann")[1]["notes"].mu_squared
+        rows = sum(entry.kind == "reserve" for entry in ledger.entries())
+        assert spent == pytest.approx(0.01 * rows)
+
+
+def test_every_failpoint_is_reached(path: Path, tmp_path: Path):
+    from fedhead.common.privacy.ledger import load_key
+
+    reached: list[str] = []
+    with installed(reached.append), Ledger(path) as ledger:
+        fill(ledger, 1)
+        ledger.abandon("ann", ledger.reserve([want(1)])[0].sequence)
+        ledger.export(tmp_path / "out")
+        load_key(tmp_path / "key.pem")
+    assert set(reached) == {name for name in FAILPOINTS if name.startswith("ledger.")}
+    order = [name for name in reached if name.startswith("ledger.reserve")][:4]
+    assert order == [f"ledger.reserve.{stage}" for stage in ("begin", "locked", "written", "committed")]
+
+
+def test_a_failpoint_without_a_name_is_a_defect():
+    from fedhead.common.failpoints import reach
+
+    reach("anything")  # nothing is installed, nothing is looked at
+    with installed(lambda name: None), pytest.raises(AssertionError, match="anything"):
+        reach("anything")
+
+
+def test_a_ledger_that_may_not_be_written():
+    """As a user without rights; root may write everywhere, so the child becomes nobody."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    with Ledger(folder / "ledger.sqlite") as ledger:
+        fill(ledger, 1)
+    (folder / "ledger.sqlite").chmod(0o644)
+    folder.chmod(0o555)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = []
+        if os.getuid() == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+        for path in (folder / "ledger.sqlite", folder / "other" / "ledger.sqlite"):
+            try:
+                Ledger(path).reserve([want(1)])
+                said.append("admitted")
+            except LedgerError as error:
+                said.append(str(error))
+        with Ledger(folder / "ledger.sqlite", read_only=True) as audited:
+            said.append(f"{audited.verify()} rows")
+        os.write(write, "\n".join(said).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    said = os.read(read, 10_000).decode().splitlines()
+    shutil.rmtree(folder)
+    assert said.pop() == "3 rows"
+    assert len(said) == 2
+    for line in said:
+        assert "Give this user the right to write" in line
+
+
+def test_a_ledger_does_not_go_through_a_fork(path: Path):
+    with Ledger(path) as ledger:
+        fill(ledger, 1)
+        child = os.fork()
+        if child == 0:
+            try:
+                ledger.reserve([want(1)])
+            except LedgerError as error:
+                os._exit(7 if "another process" in str(error) else 8)
+            os._exit(9)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_a_ledger_that_stays_locked(path: Path, monkeypatch):
+    from fedhead.common.privacy.ledger import files
+
+    monkeypatch.setattr(files, "BUSY_SECONDS", 0.05)
+    with Ledger(path) as ledger, Ledger(path) as other:
+        fill(ledger, 1)
+        other._connection.execute("BEGIN IMMEDIATE")
+        with pytest.raises(LedgerError, match=r"locked.*Wait for the other process"):
+            ledger.reserve([want(1)])
+        other._connection.execute("ROLLBACK")
+        assert isinstance(ledger.reserve([want(1)])[0], Granted)
+
+
+def test_threads_share_one_ledger(path: Path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with Ledger(path) as ledger:
+        ledger.declare("ann", "notes", Terms(1.0, 1e-5))
+        with ThreadPoolExecutor(8) as pool:
+            got = list(pool.map(lambda n: ledger.reserve([want(1, run=f"run-{n}")])[0], range(20)))
+        assert sum(isinstance(one, Granted) for one in got) == 7
+        assert ledger.verify() == 8

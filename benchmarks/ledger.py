@@ -1,7 +1,8 @@
 """What the ledger costs: a round in a deployment, a holder's round in a simulation, an audit of 10,000 events.
 
 Deployment: one holder, one reserve and one release of a 20 kB reply a round; CPU time of the process, and beside it the
-time that the two fsyncs keep it waiting. Simulation: one reserve and one release for all holders of a round. Audit:
+time that the two fsyncs keep it waiting. Simulation: one reserve and one release for all holders of a round,
+with the fsyncs and without. Audit:
 `verify` of 10,000 events, each reserved and released. Medians, so that a busy machine counts less.
 
     python benchmarks/ledger.py
@@ -44,11 +45,12 @@ def deployment(folder: Path, rounds: int) -> tuple[float, float]:
     return 1e3 * statistics.median(cpu), 1e3 * statistics.median(wall)
 
 
-def simulation(folder: Path, holders: int, rounds: int) -> float:
+def simulation(folder: Path, holders: int, rounds: int, synchronous: str) -> float:
     """CPU milliseconds a holder and round, the making of the reservations included."""
     names = [f"holder-{number}" for number in range(holders)]
     cpu = []
-    with Ledger(folder / f"simulation-{holders}.sqlite") as ledger:
+    with Ledger(folder / f"simulation-{holders}-{synchronous}.sqlite") as ledger:
+        ledger._connection.execute(f"PRAGMA synchronous = {synchronous}")
         ledger.declare_all([Declaration(name, "notes", TERMS) for name in names])
         for round in range(rounds):
             started = time.process_time()
@@ -86,8 +88,11 @@ def main() -> None:
         figures = {
             "deployment_cpu_ms_a_round": round(cpu, 3),
             "deployment_wall_ms_a_round": round(wall, 3),
-            "simulation_cpu_ms_a_holder_and_round": {
-                str(holders): round(simulation(folder, holders, 30), 4) for holders in (10, 100, 1000)
+            **{
+                f"simulation_cpu_ms_a_holder_and_round{what}": {
+                    str(holders): round(simulation(folder, holders, 40, synchronous), 4) for holders in (10, 100, 1000)
+                }
+                for what, synchronous in (("", "FULL"), ("_beyond_fsync", "OFF"))
             },
             "verify_seconds_10000_events": round(verified, 3),
             "open_and_summary_seconds_10000_events": round(opened, 3),

@@ -17,14 +17,22 @@ from fedhead.client.metrics import noised_count
 from fedhead.client.training import StepPlan
 from fedhead.client.workplace import Workplace, workplace_of
 from fedhead.common import protocol
-from fedhead.common.errors import InputError, Refused
+from fedhead.common.errors import FedheadError, InputError, Refused
 from fedhead.common.failpoints import reach
 from fedhead.common.preparation import Labelled
 from fedhead.common.privacy.lattice import check_weights
-from fedhead.common.privacy.ledger import Mark
+from fedhead.common.privacy.ledger import LedgerError, Mark
 from fedhead.common.privacy.noise import Streams
 from fedhead.common.protocol import Asked, RoundRequest
-from fedhead.common.refusals import INVALID_REQUEST, NO_METRICS, NOT_READY, OTHER_MODEL, TRAINING_FAILED, refusal
+from fedhead.common.refusals import (
+    INVALID_REQUEST,
+    NO_LEDGER,
+    NO_METRICS,
+    NOT_READY,
+    OTHER_MODEL,
+    TRAINING_FAILED,
+    refusal,
+)
 
 log = logging.getLogger("fedhead.client")
 
@@ -40,9 +48,8 @@ def hello(message: Message, context: Context) -> Message:
     try:
         _, name, _ = workplace_of(context)
         return protocol.hello(message, name)
-    except Exception:  # the boundary: an exception's own text may hold private data
-        log.exception("the holder's records can't be opened")
-        return protocol.refuse(message, refusal(NOT_READY), "")
+    except Exception as fault:  # the boundary: an exception's own text may hold private data
+        return _not_ready(message, fault)
 
 
 @app.train()
@@ -50,9 +57,8 @@ def train(message: Message, context: Context) -> Message:
     """One round: check, admit, train, release."""
     try:
         workplace, name, records = workplace_of(context)
-    except Exception:  # the boundary: an exception's own text may hold private data
-        log.exception("the holder's records can't be opened")
-        return protocol.refuse(message, refusal(NOT_READY), "")
+    except Exception as fault:  # the boundary: an exception's own text may hold private data
+        return _not_ready(message, fault)
     try:
         asked = protocol.read_request(message)
         check(asked.request, workplace)
@@ -65,6 +71,15 @@ def train(message: Message, context: Context) -> Message:
     except Exception:  # the boundary: an exception's own text may hold private data
         log.exception("%s: training failed", name)
         return protocol.refuse(message, refusal(TRAINING_FAILED), name)
+
+
+def _not_ready(message: Message, fault: Exception) -> Message:
+    """The reply of a holder that can't open its records or its ledger; its own log says why and what to do."""
+    if isinstance(fault, FedheadError):  # its text is the whole message
+        log.error("the holder can't be opened: %s", fault)
+    else:
+        log.error("the holder can't be opened", exc_info=fault)
+    return protocol.refuse(message, refusal(NO_LEDGER if isinstance(fault, LedgerError) else NOT_READY), "")
 
 
 def expect(messages: Sequence[tuple[Message, Context]]) -> None:

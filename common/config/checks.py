@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fedhead.common.config.faults import fault, setting_name
+from fedhead.common.config.privacy import PrivacySettings
 from fedhead.common.config.schema import (
     ColumnPartition,
     DataSettings,
     HolderSettings,
     ModelSettings,
-    PrivacySettings,
     RunSettings,
     SizePartition,
     TaskSettings,
     TrainingSettings,
 )
-from fedhead.common.config.strategies import FedTrimmedAvg, Krum, Strategy
+from fedhead.common.config.strategies import FedMedian, FedTrimmedAvg, Krum, Strategy
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,12 @@ def _unit(s: Sections) -> Iterator[str]:
             'privacy.metrics is given: its noise hides records, and privacy.unit is "holder". '
             "Remove it: units are never mixed in one figure."
         )
+    if p.unit == "holder" and p.mechanism != "none" and isinstance(s.strategy, FedMedian | FedTrimmedAvg | Krum):
+        yield fault(
+            "strategy.kind", s.strategy.kind,
+            'it needs single updates, and under privacy.unit = "holder" a strategy sees their noised mean only',
+            'Set strategy.kind = "fedavgm".',
+        )  # fmt: skip
     if p.metrics is not None and p.mechanism == "none":
         yield 'privacy.metrics is given: it has no meaning when privacy.mechanism is "none". Remove it.'
     if p.metrics is not None and s.training is not None and p.metrics.every > s.training.rounds:

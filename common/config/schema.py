@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr, Tag
 
 from fedhead.common.config.limits import Budget, Limits
-from fedhead.common.config.privacy import PrivacySettings as PrivacySettings
+from fedhead.common.config.privacy import PrivacySettings
 from fedhead.common.config.strategies import FedAvgM, Strategy
 from fedhead.common.config.tables import Table, by_kind
 

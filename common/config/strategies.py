@@ -14,7 +14,9 @@ from fedhead.common.config.tables import Table, by_kind
 
 class _Base(Table):
     weights: Literal["declared", "uniform"] = Field(
-        "declared", description="Weight of a holder's update: its declared record count, or the same for all."
+        "declared",
+        description="Weight of a holder's update: its declared record count, or the same for all. Under the unit "
+        "`holder` always the same.",
     )
 
 

@@ -82,6 +82,10 @@ def test_four_settings_make_a_recipe():
             {"privacy": {"unit": "holder", "mechanism": "poisson", "sample_rate": 0.1}},
             'privacy.mechanism is "poisson": the unit "holder" claims no amplification',
         ),
+        (
+            {"privacy": {"unit": "holder"}, "strategy": {"kind": "median"}},
+            'strategy.kind is "median": it needs single updates',
+        ),
         ({"privacy": {"unit": "holder", "metrics": {}}}, "privacy.metrics is given: its noise hides records"),
         ({"privacy": {"metrics": {"every": 61}}}, "privacy.metrics.every is 61: it must be at most training.rounds"),
         ({"holders": {"budget": {"epsilon": 0}}}, "holders.budget.epsilon is 0"),

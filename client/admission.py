@@ -121,10 +121,10 @@ class Admission:
         """
         if self.ledger is None:
             return
-        self.flush()
         self._expected.clear()
         good = [(holder, one) for holder, one in asked if self._within(one.request)]
-        found = self.ledger.reserve([self._reservation(holder, one, noise) for holder, one in good])
+        done, self._released = self._released, []
+        found = self.ledger.reserve([self._reservation(holder, one, noise) for holder, one in good], done)
         for (holder, one), outcome in zip(good, found, strict=True):
             self._expected[holder, one.digest] = outcome
 

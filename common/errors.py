@@ -6,6 +6,8 @@
     │   ├── DataError               2   records, columns, labels, files
     │   └── ModelError              2   backbone, weights, digest
     ├── RunError                    1   a run that could not go on
+    ├── LedgerError                 1   a ledger that can't be used (common/privacy/ledger/chain.py)
+    ├── DomainError                 1   what is kept of a budget domain can't be used (client/domains.py)
     └── Refused                     1   a data holder's refusal: a fixed code and text, never an exception's own
 
 No record, label, norm or loss of a record may appear in any message.

@@ -145,8 +145,6 @@ def read_split(config: RunConfig) -> Split:
 
     Raises
     ------
-    ConfigError
-        The unit is "person" and a part of the backbone is trained.
     DataError
         The records can't be read, split or spread.
     """
@@ -180,16 +178,6 @@ def _person(config: RunConfig) -> str | None:
     """The column of persons where they are the unit."""
     if config.privacy.unit != "person":
         return None
-    if config.model.unfreeze:
-        raise ConfigError(
-            [
-                fault(
-                    "model.unfreeze", config.model.unfreeze,
-                    'it must be 0 when privacy.unit is "person": a person is a sequence of feature vectors',
-                    'Set model.unfreeze = 0, or protect records with privacy.unit = "record".',
-                )
-            ]
-        )  # fmt: skip
     assert config.privacy.person is not None  # held by the recipe's checks
     return config.privacy.person
 

@@ -113,7 +113,8 @@ def learning_rate(config: RunConfig, noise_multiplier: float, declared_records: 
     share = _share(config)
     most = share * MOST_STEP * (1 + momentum)
     if privacy.mechanism == "none":
-        return most / steps
+        # a person's loss is the sum over their records, and the steepness with it
+        return most / (steps * (max(1.0, privacy.records_per_person / 2) if privacy.unit == "person" else 1.0))
     if central(config):
         return share * min(MOST_UPDATE * privacy.clipping_norm, MOST_STEP) / steps
     cohort = config.holders.per_round or config.holders.count

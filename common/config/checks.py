@@ -102,6 +102,12 @@ def _unit(s: Sections) -> Iterator[str]:
             'privacy.person is missing: it must name a column when privacy.unit is "person". '
             'Set the column that says whose record it is, such as "patient_id".'
         )
+    if p.unit == "person" and s.model is not None and s.model.unfreeze:
+        yield fault(
+            "model.unfreeze", s.model.unfreeze,
+            'it must be 0 when privacy.unit is "person": a person is a sequence of feature vectors',
+            'Set model.unfreeze = 0, or protect records with privacy.unit = "record".',
+        )  # fmt: skip
     if p.unit == "holder" and p.mechanism == "poisson":
         yield fault(
             "privacy.mechanism", p.mechanism, 'the unit "holder" claims no amplification by sampling',

@@ -1,9 +1,11 @@
 """A deployed holder: its limits and its ledger have the last word, whatever arrives."""
 
+import json
 import shutil
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from fedhead.client import deployed as deployed_module
 from fedhead.common import protocol, refusals
@@ -236,3 +238,23 @@ def test_two_domains_of_one_holder_add_up(deployed):
     holder.file.write_text(holder.file.read_text().replace('domain = "wards"', 'domain = "clinic"'))
     assert code_of(holder.ask(run="run-2", noise_multiplier=1.5)) == refusals.BEYOND_BUDGET
     assert not holder.ask(run="run-2", noise_multiplier=20.0).has_error()
+
+
+def test_persons_at_a_deployed_holder(deployed):
+    holder = deployed(changes={"unit": "person", "person": "anything", "records_per_person": 3})
+    digits = load_digits()
+    rows = [
+        {"vector": (image / 16).tolist(), "label": str(label), "patient": f"p{number // 4}"}
+        for number, (image, label) in enumerate(zip(digits.data, digits.target, strict=True))
+    ]
+    (holder.folder / "ward.json").write_text("\n".join(map(json.dumps, rows)))
+    text = holder.file.read_text().replace(
+        'source = "sklearn:digits"', 'source = "json:ward.json"\nperson = "patient"'
+    )
+    holder.file.write_text(text)
+    assert not holder.ask(unit="person").has_error()
+    with Ledger(holder.ledger) as ledger:
+        assert [one.unit for one in ledger.entries() if one.kind == "reserve"] == ["person"]
+    # another bound on records a person is another guarantee than the data were prepared for
+    assert code_of(holder.ask(unit="person", round=2, records_per_person=2)) == refusals.INVALID_REQUEST
+    assert code_of(holder.ask(unit="record", round=2)) == refusals.INVALID_REQUEST

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from fedhead.client import workplace
 from fedhead.common.config import RunConfig, changed, make_config
-from fedhead.common.errors import ConfigError, DataError
+from fedhead.common.errors import DataError
 from fedhead.common.preparation import read_split
 from fedhead.common.privacy.accounting import epsilon
 from fedhead.common.privacy.events import GaussianEvent
@@ -183,10 +183,3 @@ def test_a_person_column_that_is_not_there(digits, unit):
         DataError, match=r'^privacy.person is "ward": the data has no such column. Use one of: .*patient'
     ):
         read_split(recipe(digits[4], {"privacy.person": "ward", "privacy.unit": unit}))
-
-
-def test_unfrozen_backbones_are_refused(digits):
-    config = recipe(digits[4])
-    config = config.model_copy(update={"model": config.model.model_copy(update={"unfreeze": 1})})
-    with pytest.raises(ConfigError, match=r'^model.unfreeze is 1: it must be 0 when privacy.unit is "person"'):
-        read_split(config)

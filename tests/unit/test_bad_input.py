@@ -239,7 +239,7 @@ def test_what_fails_at_a_holder_goes_to_its_log_only(recipe, tmp_path, capfd, mo
     def broken(*_):
         raise RuntimeError("SECRET")
 
-    monkeypatch.setattr(app, "train_holder", broken)
+    monkeypatch.setattr(app, "_train", broken)
     with pytest.raises(RunError, match=r"got no update from any holder .* See .*holders\.log") as caught:
         simulate(recipe, tmp_path / "run", state=tmp_path / "state")
     seen = capfd.readouterr()

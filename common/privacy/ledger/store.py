@@ -101,13 +101,18 @@ class Ledger(Transactions):
                     )  # fmt: skip
                     self._append(state, "terms", columns, state.totals(domain, None))
 
-    def reserve(self, wanted: Sequence[Reservation]) -> list[Granted | Repeated | Denied]:
+    def reserve(
+        self, wanted: Sequence[Reservation], done: Sequence[tuple[str, int, bytes | None]] = ()
+    ) -> list[Granted | Repeated | Denied]:
         """Charge rounds before their noise is drawn; one transaction, on disk when it returns.
 
         Parameters
         ----------
         wanted : sequence of Reservation
             Of one holder in a deployment, of all holders of a round in a simulation.
+        done : sequence, as in `release`
+            What a simulation made in the round before, marked released in the same transaction. A deployment calls
+            `release` before it sends.
 
         Returns
         -------
@@ -125,6 +130,8 @@ class Ledger(Transactions):
             one.check()
         self._charge_plans([one for one in wanted if one.plan is not None])
         with self._writing("reserve"):
+            for one_done in done:
+                self._release(*one_done)
             return [self._reserve(one) for one in wanted]
 
     def release(self, done: Sequence[tuple[str, int, bytes | None]]) -> list[Mark]:

@@ -79,6 +79,10 @@ def test_four_settings_make_a_recipe():
             'privacy.person is "who": it must be a column of its own',
         ),
         (
+            {"privacy": {"unit": "person", "person": "who"}, "model": {"unfreeze": 1}},
+            'model.unfreeze is 1: it must be 0 when privacy.unit is "person"',
+        ),
+        (
             {"privacy": {"unit": "holder", "mechanism": "poisson", "sample_rate": 0.1}},
             'privacy.mechanism is "poisson": the unit "holder" claims no amplification',
         ),

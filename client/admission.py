@@ -97,10 +97,10 @@ class Admission:
 
     def __post_init__(self) -> None:
         if self.ledger is not None and self.budget is not None:
-            own, trusting = self.budget.domain, self.budget.domain + TRUSTING
-            terms, disjoint = self.budget.terms(), (*self.budget.disjoint_from, trusting)
-            self.ledger.declare_all([Declaration(name, own, terms, disjoint) for name in self.fingerprints])
-            self.ledger.declare_all([Declaration(name, trusting, None, (own,)) for name in self.fingerprints])
+            terms, disjoint = self.budget.terms(), (*self.budget.disjoint_from, self.budget.domain + TRUSTING)
+            self.ledger.declare_all(
+                [Declaration(name, self.budget.domain, terms, disjoint) for name in self.fingerprints]
+            )
 
     def check(self, request: RoundRequest) -> None:
         """Hold a request to the holder's limits.
@@ -123,6 +123,7 @@ class Admission:
             return
         self._expected.clear()
         good = [(holder, one) for holder, one in asked if self._within(one.request)]
+        self._declare_trusting([holder for holder, one in good if one.request.unit == "holder"])
         done, self._released = self._released, []
         found = self.ledger.reserve([self._reservation(holder, one, noise) for holder, one in good], done)
         for (holder, one), outcome in zip(good, found, strict=True):
@@ -151,6 +152,7 @@ class Admission:
             outcome = self._expected.pop((holder, asked.digest), None)
             expected = outcome is not None
             if outcome is None:
+                self._declare_trusting([holder] if asked.request.unit == "holder" else [])
                 (outcome,) = self.ledger.reserve([self._reservation(holder, asked, noise)])
         except LedgerError as fault:
             log.error("%s: %s", holder, fault)
@@ -208,6 +210,12 @@ class Admission:
         domain = DOMAIN if self.budget is None else self.budget.domain
         return domain + TRUSTING if request.unit == "holder" else domain
 
+    def _declare_trusting(self, holders: Sequence[str]) -> None:
+        """Keep runs under the unit "holder" apart from the budget, from the first of them on."""
+        if self.ledger is not None and self.budget is not None and holders:
+            own = self.budget.domain
+            self.ledger.declare_all([Declaration(name, own + TRUSTING, None, (own,)) for name in holders])
+
     def _within(self, request: RoundRequest) -> bool:
         try:
             self.check(request)
@@ -230,6 +238,7 @@ class Admission:
             plan=plan_of_request(request),
             seeded=self.simulated,
             metrics=None if request.metrics_noise is None else CountEvent(request.metrics_noise, 1.0, 1),
+            foreseen=foreseen(request),
         )
 
 
@@ -238,6 +247,19 @@ def event_of_request(request: RoundRequest) -> Event:
     return event_of(
         request.mechanism, request.noise_multiplier, request.clipping_norm, request.local_steps, request.sample_rate
     )
+
+
+def foreseen(request: RoundRequest) -> tuple[Event, ...]:
+    """What the rest of a run will ask for, by what its request says; Poisson plans are charged whole anyway."""
+    further: list[Event] = []
+    if request.mechanism == "full-batch" and request.plan_steps > request.local_steps:
+        steps = request.plan_steps - request.local_steps
+        further.append(event_of("full-batch", request.noise_multiplier, request.clipping_norm, steps))
+    if request.plan_counts is not None:
+        counts = request.plan_counts.number - (request.metrics_noise is not None)
+        if counts > 0:
+            further.append(CountEvent(request.plan_counts.noise_multiplier, 1.0, counts))
+    return tuple(further)
 
 
 def plan_of_request(request: RoundRequest) -> Plan | None:

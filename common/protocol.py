@@ -34,6 +34,15 @@ WEIGHT = "num-examples"
 _NPY = "numpy.ndarray"  # Flower's name for the bytes that `numpy.save` writes
 
 
+class PlannedCounts(BaseModel):
+    """The noised counts of a whole run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    number: int = Field(ge=1, le=100_000)
+    noise_multiplier: float = Field(gt=0)
+
+
 class RoundRequest(BaseModel):
     """All that fixes what a holder does in one round, checked field by field before anything is read.
 
@@ -63,6 +72,7 @@ class RoundRequest(BaseModel):
     seed: int | None = Field(None, ge=0)
     plan_steps: int = Field(1, ge=1, le=MOST_STEPS, description="Private steps that the whole run asks of a holder.")
     delta: float = Field(1e-5, gt=0, lt=1, description="The delta that the run's epsilon goes with.")
+    plan_counts: PlannedCounts | None = Field(None, description="Noised counts that the whole run asks of a holder.")
     metrics_noise: float | None = Field(
         None, gt=0, description="Noise on the count of correct answers, in units; None when no count is asked for."
     )

@@ -34,12 +34,17 @@ def planned_steps(config: RunConfig, participations: int) -> int:
     return participations * (1 if central(config) else config.training.local_steps)
 
 
+def planned_counts(config: RunConfig, participations: int) -> int:
+    """Noised counts that a run asks of a holder at most."""
+    return min(counts_within(config, config.training.rounds), participations)
+
+
 def counts_cost(config: RunConfig, participations: int) -> float:
     """What the noised counts of a run cost a holder at most: the sum of 1 / noise^2."""
     metrics = config.privacy.metrics
     if metrics is None:
         return 0.0
-    return min(counts_within(config, config.training.rounds), participations) / metrics.noise_multiplier**2
+    return planned_counts(config, participations) / metrics.noise_multiplier**2
 
 
 def planned_noise(config: RunConfig, participations: int) -> float:

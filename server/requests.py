@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from fedhead.common.config.schema import RunConfig
 from fedhead.common.config.strategies import FedAvgM
-from fedhead.common.protocol import RoundRequest
-from fedhead.server.planned import central, counted, planned_noise, planned_steps
+from fedhead.common.protocol import PlannedCounts, RoundRequest
+from fedhead.server.planned import central, counted, planned_counts, planned_noise, planned_steps
 
 # Chosen by measurement, see docs/defaults.md. The effective rate, learning rate times clipping norm over 1 - momentum,
 # is SIGNAL over the noise in one coordinate of the averaged gradient; the rate itself is at most MOST_STEP times
@@ -42,6 +42,8 @@ class Plan:
         Before the schedule.
     plan_steps : int
         Private steps that the whole run asks of a holder at most.
+    plan_counts : PlannedCounts or None
+        Noised counts that it asks for at most.
     """
 
     config: RunConfig
@@ -51,6 +53,7 @@ class Plan:
     declared_records: int
     learning_rate: float
     plan_steps: int = 1
+    plan_counts: PlannedCounts | None = None
 
     def request(self, number: int) -> RoundRequest:
         """The request of a round (from 1)."""
@@ -74,6 +77,7 @@ class Plan:
             unit=c.privacy.unit,
             records_per_person=c.privacy.records_per_person if c.privacy.unit == "person" else None,
             plan_steps=self.plan_steps,
+            plan_counts=self.plan_counts,
             delta=c.privacy.delta,
             metrics_noise=c.privacy.metrics.noise_multiplier if c.privacy.metrics and counted(c, number) else None,
         )
@@ -88,7 +92,12 @@ def make_plan(config: RunConfig, run: str, backbone: str, declared_records: int,
         Most rounds that any one holder takes part in.
     """
     noise, steps = planned_noise(config, participations), planned_steps(config, participations)
-    return Plan(config, run, backbone, noise, declared_records, learning_rate(config, noise, declared_records), steps)
+    metrics, asked = config.privacy.metrics, planned_counts(config, participations)
+    counts = None
+    if metrics is not None and asked:
+        counts = PlannedCounts(number=asked, noise_multiplier=metrics.noise_multiplier)
+    rate = learning_rate(config, noise, declared_records)
+    return Plan(config, run, backbone, noise, declared_records, rate, steps, counts)
 
 
 def learning_rate(config: RunConfig, noise_multiplier: float, declared_records: int) -> float:

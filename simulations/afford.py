@@ -111,7 +111,7 @@ def holders_of(work: Work, state: Path | None = None, ledgers: Sequence[Path] = 
         `holders` (names), `rounds`, `counts`, `epsilon`, `delta`, `accountant`, `refused` (why the holder's limits
         don't allow the request, or None; the backbone is not looked at), and `budget`: None, or `domain`,
         `epsilon`, `delta`, `spent_before`, `spent_after`, `left_after` (epsilon, rounded down), `admitted`, `limit`
-        ("budget", "run" or None), `rounds_admitted`, `other_units`. Under the unit `holder` it is None.
+        ("budget", "run" or None), `rounds_that_fit`, `other_units`. Under the unit `holder` it is None.
 
     Raises
     ------
@@ -196,7 +196,8 @@ def _budget(
 
     limit = broken(part) if part.rounds else None
     taken = part if limit is None else _fitting(work, part, broken)
-    after = before.plus(work.charges(taken)) if taken.rounds else before
+    # a run that can't be finished is refused at its first round, and spends nothing
+    after = before.plus(work.charges(part)) if limit is None and part.rounds else before
     unit = work.config.privacy.unit
     return {
         "domain": domain,
@@ -207,7 +208,7 @@ def _budget(
         "left_after": _left(terms, after, work.config.privacy.mechanism),
         "admitted": limit is None,
         "limit": limit,
-        "rounds_admitted": taken.rounds,
+        "rounds_that_fit": taken.rounds,
         "other_units": sorted(set(() if summary is None else summary.units) - {unit}),
     }
 

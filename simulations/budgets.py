@@ -211,7 +211,10 @@ def _show_lines(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         if terms is not None and left is not None:
             poisson = f", Poisson {left_as(left['poisson_epsilon'])}" if terms["poisson_share"] else ""
             out.print(f"  of {terms['epsilon']:g}, left {left_as(left['epsilon'])}{poisson}")
-        for name, one, indent in (("", row, "  "), *((run["run"], run, "    ") for run in row["runs"])):
+        for name, one, indent in (
+            ("", row, "  "),
+            *((f"run {_short(run['run'])}", run, "    ") for run in row["runs"]),
+        ):
             delta, accountant, released, unsent = _counts(one)
             if name:
                 out.print(Text(f"  {name}"))
@@ -237,12 +240,17 @@ def _domain_cells(row: Mapping[str, Any], poisson: bool, files: bool) -> list[Te
 def _run_cells(run: Mapping[str, Any], terms: Mapping[str, Any] | None, poisson: bool) -> list[Text | str]:
     most = None if terms is None else terms["run_epsilon"]
     return [
-        Text(f"  {run['run']}"),
+        Text(f"  run {_short(run['run'])}"),
         _epsilon(run["spent"]),
         "" if most is None else f"{most:g}",
         *([""] * (2 if poisson else 1)),
         *_counts(run),
     ]
+
+
+def _short(run: str) -> str:
+    """A run's name as it is shown; the JSON has all of it."""
+    return run if len(run) <= 12 else f"{run[:8]}…"
 
 
 def _epsilon(figures: Mapping[str, Any] | None) -> str:

@@ -206,7 +206,7 @@ def _why(entry: Mapping[str, Any]) -> str:
         return f"refused by the holders' limits: {entry['refused']}"
     if budget is not None and not budget["admitted"]:
         what = "the budget" if budget["limit"] == "budget" else "the limit of one run"
-        said.append(f"{entry['holders'][0]}: {what} allows {budget['rounds_admitted']} of its {entry['rounds']} rounds")
+        said.append(f"{entry['holders'][0]}: {what} allows {budget['rounds_that_fit']} of its {entry['rounds']} rounds")
     if budget is not None and budget["other_units"]:
         units = ", ".join(budget["other_units"])
         said.append(f"{entry['holders'][0]}: its ledger has the unit {units} too; epsilons of two units don't add up")

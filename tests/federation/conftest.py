@@ -58,7 +58,7 @@ class Deployed:
             "run": "run-1", "round": 1, "task": "classification", "backbone": self.backbone, "unit": privacy.unit,
             "mechanism": privacy.mechanism, "noise_multiplier": 20.0, "clipping_norm": 0.3,
             "sample_rate": privacy.sample_rate, "local_steps": 1, "declared_records": 1500,
-            "optimizer": {"kind": "sgd"}, "learning_rate": 3.0, "seed": 7, "plan_steps": 4,
+            "optimizer": {"kind": "sgd"}, "learning_rate": 3.0, "seed": 7, "plan_steps": 1,
         }  # fmt: skip
         if privacy.unit == "person":
             fields["records_per_person"] = privacy.records_per_person

@@ -123,6 +123,17 @@ def test_a_run_has_a_limit_of_its_own(deployed):
     assert not holder.ask(run="other", noise_multiplier=5.0).has_error()
 
 
+def test_a_run_that_can_not_be_finished_is_refused_at_its_first_round(deployed):
+    holder = deployed()
+    # epsilon 3 at delta 1e-5 is mu^2 = .516: 51 steps of 1/100 fit
+    assert code_of(holder.ask(noise_multiplier=10.0, plan_steps=60)) == refusals.BEYOND_BUDGET
+    assert spent(holder) == 0
+    assert not holder.ask(noise_multiplier=10.0, plan_steps=50).has_error()
+    counts = {"number": 4, "noise_multiplier": 1.0}
+    assert code_of(holder.ask(run="counts", noise_multiplier=10.0, plan_counts=counts)) == refusals.BEYOND_BUDGET
+    assert spent(holder) == pytest.approx(1 / 100)
+
+
 @pytest.mark.parametrize(
     ("limits", "changes", "code"),
     [
@@ -248,9 +259,7 @@ def test_persons_at_a_deployed_holder(deployed):
         for number, (image, label) in enumerate(zip(digits.data, digits.target, strict=True))
     ]
     (holder.folder / "ward.json").write_text("\n".join(map(json.dumps, rows)))
-    text = holder.file.read_text().replace(
-        'source = "sklearn:digits"', 'source = "json:ward.json"\nperson = "patient"'
-    )
+    text = holder.file.read_text().replace('source = "sklearn:digits"', 'source = "json:ward.json"\nperson = "patient"')
     holder.file.write_text(text)
     assert not holder.ask(unit="person").has_error()
     with Ledger(holder.ledger) as ledger:

@@ -45,7 +45,7 @@ def refused(holder, caplog, codes, **changes):
     told = lines[0].getMessage()
     assert "\n" not in told
     assert str(holder.ledger) in told
-    assert any(remedy in told for remedy in (". Free", ". Give", ". Restore", ". Check", ": start anew"))
+    assert any(remedy in told for remedy in (". Free", ". Give", ". Restore", ". Check", ". Install", ": start anew"))
     assert not any(record.exc_info for record in lines)  # the message is all: no traceback to read through
     return told
 
@@ -166,6 +166,22 @@ def test_a_ledger_that_can_not_be_made_is_no_holder(deployed, trained, caplog, p
     assert not trained
     assert not holder.ask().has_error()
     assert rows(holder)[-2:] == ["reserve", "release"]
+
+
+@pytest.mark.parametrize("number", REMEDIES)
+def test_a_holder_that_starts_on_a_bad_disk_is_refused_until_it_is_mended(deployed, trained, caplog, number):
+    holder = deployed()
+    assert not holder.ask().has_error()
+    before, calls = rows(holder), len(trained)
+    holder.restart()
+    hook, met = failing("ledger.declare.begin", number)
+    with installed(hook):
+        told = refused(holder, caplog, {refusals.NO_LEDGER}, round=2)
+    assert met
+    assert REMEDIES[number] in told
+    assert len(trained) == calls
+    assert rows(holder) == before
+    assert not holder.ask(round=2).has_error()
 
 
 def test_a_folder_that_can_not_be_written_is_no_holder(deployed, trained, caplog):

@@ -6,7 +6,8 @@ the same, otherwise                                     a new release: spent ane
 the run's latest round, another digest                  "changed"
 an older round of the run                               "stale"; seeded and the same in all: the same reserve again
 a Poisson round outside of its run's plan               "plan"
-beyond a budget that it shares a unit with              "budget", or "run" for the limit of one run
+beyond a budget that it shares a unit with              "budget", or "run" for the limit of one run; at the first
+                                                        round of a run with all that the run foresees
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ class Reservation:
         Whether a retry draws the same noise from the same seed. Simulation only.
     metrics : CountEvent, optional
         A noised count of the same round, charged with it.
+    foreseen : sequence of Event
+        What the rest of the run will ask for, by its request. Not charged: a run that can't be finished is denied at
+        its first round, before it has used up what is left for others.
     """
 
     holder: str
@@ -77,6 +81,7 @@ class Reservation:
     plan: Plan | None = None
     seeded: bool = False
     metrics: CountEvent | None = None
+    foreseen: tuple[Event, ...] = ()
 
     def check(self) -> None:
         """Raise InputError where a field could not be written down."""
@@ -158,7 +163,8 @@ def same_release(reserve: Reserve, wanted: Reservation) -> bool:
 
 def spend(state: State, wanted: Reservation) -> Spend | Reason:
     """Charge a new release, or say which limit does not admit it."""
-    charge = _charge(wanted, state.share(wanted.domain, wanted.run))
+    share = state.share(wanted.domain, wanted.run)
+    charge = _charge(wanted, share)
     if isinstance(charge, str):
         return charge
     domain, of_run = state.totals(wanted.domain, wanted.run)
@@ -167,7 +173,12 @@ def spend(state: State, wanted: Reservation) -> Spend | Reason:
     if wanted.metrics is not None:
         counted = charge_of(wanted.metrics)
         metrics = after[0].plus(counted), after[1].plus(counted)
-    denied = _denied(state, wanted, *(metrics or after))
+    asked, asked_of_run = metrics or after
+    if share is None:
+        for event in wanted.foreseen:
+            further = charge_of(event)
+            asked, asked_of_run = asked.plus(further), asked_of_run.plus(further)
+    denied = _denied(state, wanted, asked, asked_of_run)
     return denied if denied is not None else Spend(after, metrics)
 
 

@@ -2,8 +2,8 @@
 
 Deployment: one holder, one reserve and one release of a 20 kB reply a round; CPU time of the process, and beside it the
 time with what the two fsyncs keep it waiting. Simulation: one transaction a round for all holders, which reserves it
-and marks the last one released, with its fsync and without. Audit: `verify` of 10,000 events, each reserved and released.
-Medians, so that a busy machine counts less.
+and marks the last round released, with its fsync and without. Audit: `verify` of 10,000 events, each reserved and
+released. Medians, so that a busy machine counts less.
 
     python benchmarks/ledger.py
 """

@@ -39,6 +39,7 @@ from fedhead.common.refusals import (
     CHANGED_ROUND,
     NO_LEDGER,
     OLD_LEDGER,
+    OTHER_UNIT,
     STALE_ROUND,
     refusal,
 )
@@ -51,6 +52,7 @@ CODES: Mapping[str, int] = {
     "plan": BEYOND_PLAN,
     "changed": CHANGED_ROUND,
     "stale": STALE_ROUND,
+    "unit": OTHER_UNIT,
 }
 DOMAIN = "default"
 TRUSTING = ".holder-unit"
@@ -97,7 +99,7 @@ class Admission:
 
     def __post_init__(self) -> None:
         if self.ledger is not None and self.budget is not None:
-            terms, disjoint = self.budget.terms(), (*self.budget.disjoint_from, self.budget.domain + TRUSTING)
+            terms, disjoint = self.budget.terms(), tuple(self.budget.disjoint_from)
             self.ledger.declare_all(
                 [Declaration(name, self.budget.domain, terms, disjoint) for name in self.fingerprints]
             )
@@ -123,7 +125,6 @@ class Admission:
             return
         self._expected.clear()
         good = [(holder, one) for holder, one in asked if self._within(one.request)]
-        self._declare_trusting([holder for holder, one in good if one.request.unit == "holder"])
         done, self._released = self._released, []
         found = self.ledger.reserve([self._reservation(holder, one, noise) for holder, one in good], done)
         for (holder, one), outcome in zip(good, found, strict=True):
@@ -152,7 +153,6 @@ class Admission:
             outcome = self._expected.pop((holder, asked.digest), None)
             expected = outcome is not None
             if outcome is None:
-                self._declare_trusting([holder] if asked.request.unit == "holder" else [])
                 (outcome,) = self.ledger.reserve([self._reservation(holder, asked, noise)])
         except LedgerError as fault:
             log.error("%s: %s", holder, fault)
@@ -209,12 +209,6 @@ class Admission:
     def _domain(self, request: RoundRequest) -> str:
         domain = DOMAIN if self.budget is None else self.budget.domain
         return domain + TRUSTING if request.unit == "holder" else domain
-
-    def _declare_trusting(self, holders: Sequence[str]) -> None:
-        """Keep runs under the unit "holder" apart from the budget, from the first of them on."""
-        if self.ledger is not None and self.budget is not None and holders:
-            own = self.budget.domain
-            self.ledger.declare_all([Declaration(name, own + TRUSTING, None, (own,)) for name in holders])
 
     def _within(self, request: RoundRequest) -> bool:
         try:

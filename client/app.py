@@ -14,7 +14,7 @@ from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedhead.client.metrics import noised_count
-from fedhead.client.training import StepPlan
+from fedhead.client.training import CHUNK, StepPlan
 from fedhead.client.workplace import Workplace, workplace_of
 from fedhead.common import protocol
 from fedhead.common.errors import FedheadError, InputError, Refused
@@ -38,6 +38,9 @@ log = logging.getLogger("fedhead.client")
 
 MOST_NOISE, LARGEST_NORM = 2.0**25, 2.0**500
 """What a deployed holder's noise has room for (fedhead.common.privacy.secure); refused before it is charged."""
+
+MOST_PLANNED = 100_000
+"""Most Poisson steps of a run that a deployed holder looks at."""
 
 app = ClientApp()
 
@@ -129,6 +132,13 @@ def check(request: RoundRequest, workplace: Workplace) -> None:
         raise refusal(INVALID_REQUEST)
     if request.metrics_noise is not None and privacy.metrics is None:  # nothing was kept apart to count on
         raise refusal(NO_METRICS)
+    admission = workplace.admission
+    if not admission.simulated:
+        # what a plan costs is computed before it is refused: bounded, so that this takes seconds at most
+        if request.mechanism == "poisson" and (request.plan_steps > MOST_PLANNED or request.noise_multiplier > 100):
+            raise refusal(INVALID_REQUEST)
+        if admission.limits is not None and admission.limits.allow_seeded_noise and request.seed is None:
+            raise refusal(INVALID_REQUEST)  # its sums are float32, for tests alone
     if request.mechanism == "none":
         if request.metrics_noise is not None:
             raise refusal(INVALID_REQUEST)
@@ -193,7 +203,7 @@ def _train(workplace: Workplace, name: str, records: Labelled, request: RoundReq
         optimizer=request.optimizer,
         learning_rate=request.learning_rate,
         proximal_mu=request.proximal_mu,
-        chunk=request.chunk,
+        chunk=request.chunk if workplace.admission.simulated else CHUNK,
     )
     event = workplace.trainer.round(records.features, records.targets, plan, streams)
     return protocol.released(workplace.trainable.trained(), declared, name, event.to_json(), count)

@@ -11,19 +11,28 @@ from pathlib import Path
 
 from fedhead.client.admission import Admission
 from fedhead.client.domains import Domains, identities
+from fedhead.client.gradients import of_persons
 from fedhead.client.holder import HolderFile, load_holder
 from fedhead.client.placing import alone, place
-from fedhead.client.training import Trainer
+from fedhead.client.training import CHUNK, Trainer
 from fedhead.client.workplace import Workplace, fingerprint
 from fedhead.common.config import RunConfig, changed, from_json
+from fedhead.common.config.schema import FeatureSettings
 from fedhead.common.data.records import Records
 from fedhead.common.data.sources import load_records
 from fedhead.common.errors import InputError
-from fedhead.common.preparation import featurize, load_backbone_for, make_trainable
-from fedhead.common.privacy.ledger import Ledger
+from fedhead.common.models.trainable import Trainable
+from fedhead.common.preparation import Labelled, featurize, load_backbone_for, make_trainable
+from fedhead.common.privacy.lattice import check_sums
+from fedhead.common.privacy.ledger import Ledger, LedgerError
+from fedhead.common.privacy.sequences import rounding_records
+from fedhead.common.results import write_aside
 from fedhead.common.tasks import make_task
 
 log = logging.getLogger("fedhead.client")
+
+MADE = "ledger.made"
+"""Beside the ledger: says that there was one."""
 
 
 def deploy(path: Path, recipe: str) -> Workplace:
@@ -37,6 +46,7 @@ def deploy(path: Path, recipe: str) -> Workplace:
     """
     holder = load_holder(path)
     config = own_recipe(holder, from_json(recipe))
+    check_ledger(holder)
     records = load_records(config.data.source, config.data.columns, config.task.labels, holder.base)
     holder.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     check_disjoint(holder, records)
@@ -49,14 +59,58 @@ def deploy(path: Path, recipe: str) -> Workplace:
         trainable.double()  # what the sensitivity of a release is proved for
     features = featurize(config, backbone, records, holder.folder / "features", "features")
     placed = place(config, features, alone(config, records), [holder.name])
-    admission = Admission(
-        Ledger(holder.ledger),
-        holder.limits,
-        holder.budget,
-        {holder.name: fingerprint(records.digests(), records.labels)},
-    )
+    if not holder.limits.allow_seeded_noise:
+        check_rounding(placed.training[0][1], trainable)
+    # keyed: the ledger's hash leaves with every reply, and must not tell one set of records from another
+    mark = fingerprint(records.digests(), records.labels, Domains(holder.folder).key())
+    admission = Admission(open_ledger(holder), holder.limits, holder.budget, {holder.name: mark})
     trainer = Trainer(trainable, make_task(config.task))
     return Workplace(config, backbone.digest, trainer, placed.training, admission, placed.apart)
+
+
+def check_ledger(holder: HolderFile) -> None:
+    """Refuse to begin anew where a ledger was: what it held is spent.
+
+    Raises
+    ------
+    LedgerError
+        The ledger is gone, or is of a data holder with another name.
+    """
+    if not holder.ledger.exists():
+        if (holder.folder / MADE).exists():
+            raise LedgerError(
+                f"ledger {holder.ledger} is gone: what it held is spent. Restore its newest copy; for other people's "
+                "records, which no ledger has charged yet, use another storage folder."
+            )
+        return
+    with Ledger(holder.ledger) as ledger:
+        others = sorted(set(ledger.holders()) - {holder.name})
+    if others:
+        raise LedgerError(
+            f'ledger {holder.ledger} is of "{others[0]}": a holder keeps its name, because its budget goes with it. '
+            f'Set name = "{others[0]}".'
+        )
+
+
+def open_ledger(holder: HolderFile) -> Ledger:
+    """The holder's ledger; that there is one is remembered beside it."""
+    ledger = Ledger(holder.ledger)
+    if not (holder.folder / MADE).exists():
+        write_aside(holder.folder / MADE, b"A ledger was made beside this file. Without it, nothing may be trained.\n")
+    return ledger
+
+
+def check_rounding(mine: Labelled, trainable: Trainable) -> None:
+    """Refuse more records than the rounding of their sum is covered for: before any run, whatever a request says.
+
+    Raises
+    ------
+    InputError
+    """
+    units = len(mine.targets)
+    if of_persons(mine.targets):
+        units = rounding_records((mine.targets >= 0).sum(1), CHUNK)
+    check_sums(units, list(trainable.trained().values()))
 
 
 def check_disjoint(holder: HolderFile, records: Records) -> None:
@@ -86,9 +140,17 @@ def own_recipe(holder: HolderFile, config: RunConfig) -> RunConfig:
         It names code or files on this machine that the holder doesn't allow.
     """
     _check_code(holder, config)
+    labels = holder.data.labels
+    if labels is None or sorted(labels) != sorted(config.task.labels):
+        # decided without a look at the records: whether some label occurs is not for a server to find out
+        raise InputError(
+            "data.labels is not the list of labels that the recipe has: a holder trains for labels that its own file "
+            "names. Set data.labels if you agree to them."
+        )
     own = changed(
         config,
         {
+            "model.features.batch_size": FeatureSettings().batch_size,  # how much is held at once is the holder's own
             "data.source": holder.data.source,
             "data.columns": dict(holder.data.columns),
             "privacy.person": holder.data.person,
@@ -101,13 +163,23 @@ def own_recipe(holder: HolderFile, config: RunConfig) -> RunConfig:
 
 
 def _check_code(holder: HolderFile, config: RunConfig) -> None:
-    model = config.model
+    model, allowed = config.model, holder.limits.heads
+    family, _, name = model.backbone.partition(":")
+    if family == "transformers" and (name.startswith((".", "/", "~")) or Path(name).exists()):
+        raise InputError(
+            f'model.backbone of a recipe is "{model.backbone}": a folder on this machine is not for a server to name. '
+            "Have the recipe name the hub's."
+        )
     for setting, text in (
         ("model.backbone", model.backbone), ("model.head.kind", model.head.kind), ("task.kind", config.task.kind)
     ):  # fmt: skip
         code = text.removeprefix("module:")
         if code != text and code not in holder.limits.modules:
             raise InputError(f'{setting} of a recipe is "{text}": limits.modules lacks it. Add "{code}" to allow it.')
+    kind = "module" if model.head.kind.startswith("module:") else model.head.kind
+    for trained in (kind, *(["unfrozen"] if model.unfreeze else [])):
+        if trained not in allowed:
+            raise InputError(f'a recipe trains "{trained}": limits.heads lacks it. Add it to allow it.')
     if model.weights is not None and not model.weights.startswith("pkg://"):
         raise InputError(
             f'model.weights of a recipe is "{model.weights}": a file on this machine is not for a server to name. '

@@ -144,6 +144,18 @@ class Domains:
     def _path(self, domain: str) -> Path:
         return self._folder / f"{domain}.bin"
 
+    def key(self) -> bytes:
+        """The secret that hashes are keyed with; made where there is none.
+
+        Raises
+        ------
+        DomainError
+        """
+        with _told(self._folder):
+            _make(self._folder)
+            with self._locked():
+                return self._key(create=True)
+
     def _key(self, create: bool) -> bytes:
         path = self._folder / "key"
         if create and not path.exists():

@@ -47,8 +47,8 @@ class HolderData(Table):
     labels: list[str] | None = Field(
         None,
         min_length=2,
-        description="The labels that the records may have; `fedhead check` then finds records with another one. "
-        "Default: it only counts how many different labels there are.",
+        description="The labels that the records may have; `fedhead check` then finds records with another one. A "
+        "deployed holder trains only for recipes with just these labels. Default: `check` counts different labels.",
     )
 
 
@@ -265,6 +265,10 @@ def _budget(parts: _Parts, _: Path) -> Iterator[str]:
                 f"budget.disjoint_from[{index}]", other, "it must be the name of a domain",
                 "Name a budget.domain of this holder.",
             )  # fmt: skip
+    if budget.domain.endswith(".holder-unit"):
+        yield fault(
+            "budget.domain", budget.domain, "this ending is for runs under the unit holder", "Give another name."
+        )
     if budget.domain in others:
         yield fault(
             "budget.disjoint_from", others, "a domain can't be disjoint from itself", f'Remove "{budget.domain}".'
@@ -288,6 +292,12 @@ def _limits(parts: _Parts, _: Path) -> Iterator[str]:
             yield fault(
                 f"limits.{name}", [], "with an empty list every request is refused", "Name some, or leave it out."
             )
+    if "holder" in limits.units and len(limits.units) > 1:
+        yield fault(
+            "limits.units", limits.units, 'the unit holder must stand alone: it trusts the server with updates without '
+            "noise, and the figures of the other units would mean nothing to that server",
+            "Name either holder, or others.",
+        )  # fmt: skip
     if limits.units == ["person"] and parts.data is not None and parts.data.person is None:
         yield fault(
             "limits.units", limits.units, "the unit person needs data.person",

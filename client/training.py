@@ -28,6 +28,8 @@ from fedhead.common.privacy.optimizers import PrivateOptimizer, add_pull, begin_
 from fedhead.common.privacy.sequences import rounding_records
 from fedhead.common.tasks import Task
 
+CHUNK: Final = 4096
+"""Most records whose gradients a deployed holder holds at once, whatever a request says."""
 MECHANISMS: Final = ("full-batch", "poisson", "none")
 
 

@@ -94,6 +94,7 @@ LEDGER = "holders/ledgers.sqlite"
 """The ledger of all simulated holders, in the folder of the run or in the one that keeps the holders between runs."""
 
 _WORKPLACES: dict[str, Workplace] = {}
+_OPENING = threading.Lock()
 
 
 def holder_name(number: int) -> str:
@@ -113,6 +114,11 @@ def withdraw(key: str) -> None:
 
 def workplace_of(context: Context) -> tuple[Workplace, str, Labelled]:
     """The workplace, name and records of the holder that a message is for."""
+    with _OPENING:
+        return _workplace_of(context)
+
+
+def _workplace_of(context: Context) -> tuple[Workplace, str, Labelled]:
     key = str(context.run_config["recipe"])
     own = str(context.node_config.get("holder", ""))  # what the holder gave its node; a server can't set it
     place = own + key
@@ -131,7 +137,8 @@ def workplace_of(context: Context) -> tuple[Workplace, str, Labelled]:
                 Path(ledger) if ledger else Path(out) / LEDGER,
             )
         for old in _WORKPLACES.values():
-            old.admission.close()
+            with old.lock:  # a round of it may be under way
+                old.admission.close()
         _WORKPLACES.clear()
         offer(place, workplace)
     number = 0 if own else int(context.node_config["partition-id"])
@@ -185,8 +192,18 @@ def fingerprints(split: Split) -> dict[str, str]:
     return {holder_name(number): fingerprint(digests[part], labels[part]) for number, part in enumerate(split.holders)}
 
 
-def fingerprint(digests: np.ndarray, labels: np.ndarray) -> str:
-    """Digest of records: uint8 (N, 16) digests of the inputs and int64 (N,) labels, in any order."""
+def fingerprint(digests: np.ndarray, labels: np.ndarray, key: bytes = b"") -> str:
+    """Digest of records, whatever their order.
+
+    Parameters
+    ----------
+    digests : uint8 array, shape (N, 16)
+        Of the inputs.
+    labels : int64 array, shape (N,)
+    key : bytes
+        A secret of the holder's, in a deployment: hashes over the fingerprint leave it, and without a key whoever
+        guesses the records could recompute them.
+    """
     rows = np.concatenate([digests, labels.astype("<i8").view(np.uint8).reshape(len(labels), 8)], axis=1)
     ordered = rows[np.lexsort(rows.T[::-1])] if len(rows) else rows
-    return blake2b(np.ascontiguousarray(ordered).tobytes(), digest_size=16).hexdigest()
+    return blake2b(np.ascontiguousarray(ordered).tobytes(), digest_size=16, key=key).hexdigest()

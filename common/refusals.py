@@ -48,8 +48,9 @@ TEXTS: Mapping[int, str] = {
     TRAINING_FAILED: "training failed; the holder's own log says why",
 }
 
-UNSPENT = frozenset(TEXTS) - {NO_LEDGER, TRAINING_FAILED}
-"""Codes that are given before anything is charged. Training fails after the charge, and a ledger may."""
+UNSPENT = frozenset(TEXTS) - {NO_LEDGER, TRAINING_FAILED, STALE_ROUND, CHANGED_ROUND}
+"""Codes of a round that nothing was ever charged for. Training fails after the charge, a ledger may, and a round that
+is over, or was asked otherwise, was charged then."""
 
 
 def refusal(code: int) -> Refused:

@@ -203,12 +203,15 @@ def check(
 def budget(
     ledgers: Annotated[list[Path], typer.Argument(metavar="LEDGER...", help="Ledgers, or folders that hold some.")],
     delta: Annotated[float | None, typer.Option(help="State epsilon at this delta. Default: each budget's.")] = None,
+    sign: Annotated[Path | None, typer.Option(help="Write a signed statement of each holder into this folder.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """What was spent and what is left, per holder, domain and run."""
-    from fedhead.simulations.budgets import read_budgets, show_budgets
+    from fedhead.simulations.budgets import read_budgets, show_budgets, sign_statements
 
     found = read_budgets(ledgers, delta)
+    if sign is not None:
+        found["statements"] = [str(path) for path in sign_statements(found, sign)]
     _emit(found, as_json, lambda: show_budgets(found))
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fedhead.common import protocol
 from fedhead.common.errors import InputError, Refused, RunError
-from fedhead.common.privacy.events import CountEvent, Event, NoPrivacyEvent, event_of, from_json
+from fedhead.common.privacy.events import CountEvent, Event, GaussianEvent, NoPrivacyEvent, event_of, from_json
+from fedhead.common.privacy.filters import charge_of
 from fedhead.common.privacy.ledger import Mark
 from fedhead.common.protocol import RoundRequest
 from fedhead.common.refusals import INVALID_REQUEST, UNSPENT
@@ -233,12 +234,14 @@ def _event(reply: Message, asked: str) -> str:
 
 
 def _spends_more(said: Event, asked: Event) -> bool:
-    """Whether an event is the other with less noise or more steps, or has no privacy at all.
+    """Whether an event costs more than the other of its kind, or has no privacy at all.
 
     Nothing else is believed: a request fixes the event, so that any other event says that something is wrong, and
     accountants take long for some of them.
     """
     if isinstance(said, NoPrivacyEvent) or isinstance(asked, NoPrivacyEvent) or type(said) is not type(asked):
         return isinstance(said, NoPrivacyEvent)
+    if isinstance(said, GaussianEvent | CountEvent) and isinstance(asked, GaussianEvent | CountEvent):
+        return charge_of(said).mu_squared > charge_of(asked).mu_squared
     sampled = getattr(said, "sample_rate", 1.0) >= getattr(asked, "sample_rate", 1.0)
     return sampled and said.noise_multiplier <= asked.noise_multiplier and said.steps >= asked.steps

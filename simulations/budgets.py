@@ -22,9 +22,11 @@ from fedhead.client.findings import delta_as, left_as, spent_as
 from fedhead.common.errors import InputError
 from fedhead.common.privacy.accounting import Spent
 from fedhead.common.privacy.filters import Totals, spent
-from fedhead.common.privacy.ledger import DomainSummary, Ledger, Mark, RunSummary
+from fedhead.common.privacy.ledger import DomainSummary, Ledger, Mark, RunSummary, load_key, statement
+from fedhead.common.results import write_aside
 
 NAMES: Final = ("ledger.sqlite", "ledgers.sqlite")  # of one holder; of all holders of a simulation
+KEY: Final = "ledger.key"
 DELTA: Final = 1e-5
 _LEGEND: Final = (
     "spent, of, left: epsilon; left: what one more run may cost, not the difference",
@@ -69,6 +71,37 @@ def read_budgets(paths: Sequence[Path], delta: float | None = None) -> dict[str,
         return {
             "domains": [_row(file, one, delta) for holder, file in kept for one in reader.open(file).summary(holder)]
         }
+
+
+def sign_statements(found: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write a signed statement of where each holder's ledger stands, for others to keep.
+
+    Parameters
+    ----------
+    found : mapping
+        From `read_budgets`.
+    folder : Path
+        Gets `HOLDER.statement.json`. The key lies beside each ledger, in `ledger.key`, and is made where there is none.
+
+    Returns
+    -------
+    list of Path
+
+    Raises
+    ------
+    LedgerError
+        A key can't be read or made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for holder, file in dict.fromkeys((row["holder"], row["ledger"]) for row in found["domains"]):
+        key = load_key(Path(file).with_name(KEY))
+        with Ledger(Path(file), create=False, read_only=True) as ledger:
+            text = statement(ledger, holder, key)
+        path = folder / f"{holder}.statement.json"
+        write_aside(path, (text + "\n").encode())
+        written.append(path)
+    return written
 
 
 def show_budgets(found: Mapping[str, Any]) -> None:

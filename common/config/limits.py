@@ -93,6 +93,13 @@ class Limits(Table):
     backbones: list[Annotated[str, Field(pattern=r"^(sha256:)?[0-9a-f]{64}$")]] | None = Field(
         None, description="Digests of the backbones that are accepted, `sha256:...`. Default: any."
     )
+    heads: list[Literal["linear", "mlp", "module", "unfrozen"]] = Field(
+        ["linear"],
+        min_length=1,
+        description="What may be trained. For a `linear` head the bound on what one unit changes is proved, rounding "
+        "included. For others (`unfrozen`: blocks of the backbone) a server that chooses the weights can carry "
+        "rounding beyond it: name them only for servers that you trust that far. Deployment only.",
+    )
     modules: list[str] = Field(
         default_factory=list,
         description="Code that a request may name as `module:package.module:name`, such as `torch.nn:Identity`. It "

@@ -18,6 +18,7 @@ HOLDER = """
 name = "st-mary"
 [data]
 source = "sklearn:digits"
+labels = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]
 [budget]
 domain = "wards"
 epsilon = 3.0

@@ -8,7 +8,9 @@ import torch
 from sklearn.datasets import load_digits
 
 from fedhead.client import deployed as deployed_module
+from fedhead.client.holder import load_holder
 from fedhead.common import protocol, refusals
+from fedhead.common.config import changed
 from fedhead.common.features import FeatureSet
 from fedhead.common.privacy.events import from_json
 from fedhead.common.privacy.ledger import Ledger
@@ -139,7 +141,7 @@ def test_a_run_that_can_not_be_finished_is_refused_at_its_first_round(deployed):
     [
         ("noise_multiplier_min = 25.0", {}, refusals.LITTLE_NOISE),
         ("clipping_norm_max = 0.2", {}, refusals.LARGE_CLIPPING_NORM),
-        ('units = ["person", "holder"]', {}, refusals.OTHER_UNIT),
+        ('units = ["holder"]', {}, refusals.OTHER_UNIT),
         ('tasks = ["segmentation"]', {}, refusals.OTHER_TASK),
         ("", {"mechanism": "none", "noise_multiplier": 0.0}, refusals.NO_PRIVACY),
         ("", {"metrics_noise": 20.0}, refusals.NO_METRICS),
@@ -222,8 +224,6 @@ def test_the_holders_own_constant_goes_before_the_requests(deployed):
     ],
 )
 def test_a_recipe_can_not_name_code_or_files_of_the_holders_machine(deployed, change, remedy):
-    from fedhead.client.holder import load_holder
-    from fedhead.common.config import changed
     from fedhead.common.errors import InputError
 
     holder = deployed()

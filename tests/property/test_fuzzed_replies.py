@@ -21,12 +21,21 @@ from fedhead.common.npy import read_npy
 from fedhead.common.privacy.events import CountEvent, GaussianEvent, NoPrivacyEvent, from_json
 from fedhead.common.privacy.ledger import Mark
 from fedhead.common.protocol import RoundRequest
-from fedhead.common.refusals import BEYOND_BUDGET, NO_LEDGER, TEXTS, TRAINING_FAILED
+from fedhead.common.refusals import (
+    BEYOND_BUDGET,
+    CHANGED_ROUND,
+    NO_LEDGER,
+    STALE_ROUND,
+    TEXTS,
+    TRAINING_FAILED,
+)
 from fedhead.server import rounds as rounds_module
 from fedhead.server.cohorts import Cohorts
 from fedhead.server.metrics import estimate
 from fedhead.server.rounds import Rounds, around
 from fedhead.server.spending import account
+
+MAYBE_SPENT = {NO_LEDGER, TRAINING_FAILED, STALE_ROUND, CHANGED_ROUND}  # nobody knows better at the server
 
 NAMES = ["a", "b", "c", "d"]
 NODES = {name: 10 + number for number, name in enumerate(NAMES)}
@@ -224,7 +233,7 @@ def written_down(record, rounds, holders):
     """The accounts of a round: nobody's release is left out, and none costs less than what was asked."""
     least = costs([ASKED.to_json(), COUNTED.to_json()])
     for name, reply in zip(NAMES, holders, strict=True):
-        unspent = reply.kind == "error" and reply.code in set(TEXTS) - {NO_LEDGER, TRAINING_FAILED}
+        unspent = reply.kind == "error" and reply.code in set(TEXTS) - MAYBE_SPENT
         assert (name not in record.events) == unspent
         if not unspent:
             assert costs(record.events[name]) >= least

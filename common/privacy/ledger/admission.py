@@ -6,6 +6,7 @@ the same, otherwise                                     a new release: spent ane
 the run's latest round, another digest                  "changed"
 an older round of the run                               "stale"; seeded and the same in all: the same reserve again
 a Poisson round outside of its run's plan               "plan"
+another unit than what its budget covers already        "unit"
 beyond a budget that it shares a unit with              "budget", or "run" for the limit of one run; at the first
                                                         round of a run with all that the run foresees
 """
@@ -21,7 +22,7 @@ from fedhead.common.privacy.filters import Charge, Totals, admits, charge_of
 from fedhead.common.privacy.ledger.chain import Mark
 from fedhead.common.privacy.ledger.state import Plan, Reserve, Share, State, event_text
 
-Reason = Literal["budget", "run", "plan", "changed", "stale"]
+Reason = Literal["budget", "run", "plan", "changed", "stale", "unit"]
 
 _FREE: Final = Charge(0.0, 0.0, 0.0)
 _TEXTS: Final = ("holder", "domain", "run", "digest", "unit", "fingerprint", "noise")
@@ -196,7 +197,10 @@ def _charge(wanted: Reservation, share: Share | None) -> Charge | Literal["plan"
 
 def _denied(state: State, wanted: Reservation, domain_after: Totals, run_after: Totals) -> Reason | None:
     """The limit that totals break, over every budget that this domain may share a privacy unit with."""
-    reached = state.overlapping(wanted.domain)
+    reached = state.overlapping(wanted.domain, wanted.unit)
+    limited = any(state.domains[name].terms is not None for name in reached if name in state.domains)
+    if limited and len(state.units_with(wanted.domain, wanted.unit)) > 1:
+        return "unit"
     if len(reached) == 1:
         found = state.domains.get(wanted.domain)
         return None if found is None or found.terms is None else admits(found.terms, domain_after, run_after)

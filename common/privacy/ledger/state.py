@@ -19,6 +19,7 @@ from fedhead.common.privacy.ledger.chain import GENESIS, KINDS, Entry, Mark, has
 
 Status = Literal["reserved", "released", "abandoned"]
 
+TRUSTING = "holder"  # the unit whose noise is the server's
 NEAR = 1e-9  # relative; what totals may differ by from ours when another version added them up
 EXACT = 1e-15  # relative; one rounding
 
@@ -133,15 +134,27 @@ class State:
         """The end of the chain."""
         return Mark(self.sequence, self.hash)
 
-    def overlapping(self, name: str) -> list[str]:
-        """The domains that may share a unit with `name`: itself, and all but those that declare it both ways."""
-        mine = self.domains[name].disjoint_from if name in self.domains else ()
+    def overlapping(self, name: str, unit: str | None = None) -> list[str]:
+        """The domains that may share a unit with `name`: itself, and all but those that declare it both ways.
+
+        What was released under the unit "holder" only, or is about to be (`unit`), counts in no other domain: its noise
+        is the server's, and units are never mixed in one figure.
+        """
+        known = self.domains.get(name)
+        if TRUSTING in (known.units if known is not None and known.units else {unit}):
+            return [name]
+        mine = known.disjoint_from if known is not None else ()
         others = [
             other
             for other, domain in self.domains.items()
-            if other != name and not (other in mine and name in domain.disjoint_from)
+            if other != name and domain.units != {TRUSTING} and not (other in mine and name in domain.disjoint_from)
         ]
         return [name, *others]
+
+    def units_with(self, name: str, unit: str) -> set[str]:
+        """The units of all releases that a budget of `name` covers, with one more."""
+        found = [self.domains[other].units for other in self.overlapping(name, unit) if other in self.domains]
+        return {unit}.union(*found)
 
     def totals(self, domain: str, run: str | None) -> tuple[Totals, Totals]:
         """Totals of a domain, and of a run within it."""

@@ -175,8 +175,7 @@ def test_a_seed_that_arrived_is_no_privacy_and_a_simulated_one_is_told(tmp_path)
 
 def test_units_are_never_mixed_in_one_figure(fedhead, tmp_path):
     with ledger(tmp_path) as opened:
-        opened.declare("a", "d", Terms(4.0, 1e-6))
-        rounds(opened, "r", [1], GaussianEvent(9.0, 1.0, 1))
+        rounds(opened, "r", [1], GaussianEvent(9.0, 1.0, 1))  # a budget would refuse the second unit
         rounds(opened, "s", [1], GaussianEvent(9.0, 1.0, 1), unit="person")
     (row,) = read_budgets([tmp_path])["domains"]
     assert row["spent"] is None

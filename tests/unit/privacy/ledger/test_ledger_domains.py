@@ -166,11 +166,11 @@ def test_terms_are_written_only_where_they_differ(ledger: Ledger):
 def test_summary(ledger: Ledger):
     first = one(ledger, want(1))
     ledger.release([("ann", first.sequence, b"bytes")])
-    one(ledger, want(2, unit="person", noise="mt19937-seeded", seeded=True))
+    one(ledger, want(2, noise="mt19937-seeded", seeded=True))
     one(ledger, want(1, run="second", domain="images"))
     (images, notes) = ledger.summary()
     assert (notes.holder, notes.domain, notes.terms, notes.overlapping) == ("ann", "notes", TERMS, ("images",))
-    assert (notes.units, notes.noise, notes.seeded) == (("person", "record"), ("mt19937-seeded", "os"), True)
+    assert (notes.units, notes.noise, notes.seeded) == (("record",), ("mt19937-seeded", "os"), True)
     assert notes.shared.mu_squared > notes.totals.mu_squared
     assert notes.left.mu_squared == pytest.approx(TERMS.mu_squared - 0.03)
     assert notes.spent.epsilon == pytest.approx(0.4997, rel=0.02)

@@ -148,7 +148,6 @@ def test_a_seeded_retry_is_the_same_release(ledger: Ledger):
         {"fingerprint": "f1"},  # the same noise on other data: the difference of the two shows the records
         {"event": GaussianEvent(10.0, 2.0, 1)},
         {"noise": "other"},
-        {"unit": "person"},
         {"seeded": False},
         {"metrics": CountEvent(10.0, 1.0, 1)},
     ],
@@ -160,6 +159,18 @@ def test_a_seeded_retry_with_anything_else_is_a_new_spend(ledger: Ledger, change
     again = one(ledger, want(**{"seeded": True, **change}))
     assert again.sequence != first.sequence
     assert total(ledger) > before
+
+
+def test_one_budget_covers_one_unit(ledger: Ledger):
+    """Adding a record can turn a person's whole gradient around, so a figure over both would hold for neither."""
+    one(ledger, want(1))
+    before = total(ledger)
+    assert ledger.reserve([want(2, unit="person"), want(2, run="second", unit="person")]) == [Denied("unit")] * 2
+    assert total(ledger) == before
+    # another domain that may share people with this one, too; not one under the unit holder, which counts nowhere
+    assert ledger.reserve([want(1, run="third", domain="images", unit="person")]) == [Denied("unit")]
+    assert type(ledger.reserve([want(1, run="fourth", domain="trusting", unit="holder")])[0]) is Granted
+    assert type(ledger.reserve([want(2)])[0]) is Granted
 
 
 def test_nothing_is_refunded(ledger: Ledger):

@@ -36,3 +36,4 @@ bench:
     python benchmarks/run.py
     python benchmarks/round.py
     python benchmarks/holders.py
+    python benchmarks/ledger.py

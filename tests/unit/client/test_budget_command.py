@@ -14,7 +14,7 @@ from fedhead.cli import main
 from fedhead.common.privacy.accounting import epsilon
 from fedhead.common.privacy.events import CountEvent, GaussianEvent, NoPrivacyEvent, PoissonEvent, from_json
 from fedhead.common.privacy.filters import Terms
-from fedhead.common.privacy.ledger import Ledger, Plan, Reservation
+from fedhead.common.privacy.ledger import Ledger, LedgerError, Plan, Reservation, verify_statement
 from fedhead.simulations.budgets import read_budgets
 
 
@@ -246,3 +246,19 @@ def test_bad_input_is_one_line(fedhead, two_runs):
         assert (status, out) == (expected, ""), name
         assert re.fullmatch(r"fedhead: [^\n]+\n", err), err
     assert fedhead("budget")[0] == 2
+
+
+def test_statements_are_signed_and_hold(fedhead, two_runs, tmp_path):
+    status, out, _ = fedhead("budget", str(two_runs), "--sign", "said", "--json")
+    assert status == 0
+    (path,) = json.loads(out)["statements"]
+    text = (tmp_path / path).read_text().strip()
+    said = verify_statement(text)
+    (file,) = {row["ledger"] for row in json.loads(out)["domains"]}
+    with Ledger(tmp_path / file, create=False, read_only=True) as opened:
+        assert said.mark == opened.mark(said.holder)
+        assert said.domains == opened.standing(said.holder)[1]
+    with pytest.raises(LedgerError):
+        verify_statement(text.replace('"sequence":', '"sequence":1'))
+    again = json.loads(fedhead("budget", str(two_runs), "--sign", "said", "--json")[1])["statements"]
+    assert verify_statement((tmp_path / again[0]).read_text().strip()).public_key == said.public_key  # one key for good

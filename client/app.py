@@ -97,14 +97,13 @@ def expect(messages: Sequence[tuple[Message, Context]]) -> None:
     for message, context in messages:
         if message.metadata.message_type != MessageType.TRAIN:
             continue
+        workplace, name, _ = workplace_of(context)
         try:
-            workplace, name, _ = workplace_of(context)
             one = protocol.read_request(message)
             check(one.request, workplace)
-            source = source or workplace.streams(one.request, name).source
-        except Exception:
-            log.debug("a message that can't be expected", exc_info=True)
+        except Refused:  # it is told when the message is delivered
             continue
+        source = source or workplace.streams(one.request, name).source
         asked.append((name, one))
     if workplace is not None and asked:
         workplace.admission.expect(asked, source)

@@ -30,6 +30,7 @@ from fedhead.common.tasks import Task
 
 CHUNK: Final = 4096
 """Most records whose gradients a deployed holder holds at once, whatever a request says."""
+MOST_OPTIMIZERS: Final = 8  # that a trainer keeps
 MECHANISMS: Final = ("full-batch", "poisson", "none")
 
 
@@ -165,6 +166,8 @@ class Trainer:
     def _optimizer(self, settings: Optimizer) -> PrivateOptimizer:
         found = self._optimizers.get(settings)
         if found is None:
+            if len(self._optimizers) >= MOST_OPTIMIZERS:  # settings arrive with requests
+                self._optimizers.clear()
             found = self._optimizers[settings] = PrivateOptimizer(make_optimizer(settings, self.parameters))
         return found
 

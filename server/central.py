@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -101,6 +101,7 @@ class Central:
     cohort: int
     seed: int | None
     ledger: Ledger | None = None
+    _released: list[tuple[str, int, bytes | None]] = field(default_factory=list)
 
     @property
     def event(self) -> GaussianEvent:
@@ -136,8 +137,11 @@ class Central:
         total = clipped_sum(_updates(replies, like, start), self.clipping_norm, len(start))
         noised = streams.noise(0).add(total, noise_multiplier=self.noise_multiplier, clipping_norm=self.clipping_norm)
         head = start + noised / self.cohort
-        if self.ledger is not None:
-            self.ledger.release([(name, sequence, None) for name, sequence in granted])
+        released: list[tuple[str, int, bytes | None]] = [(name, sequence, None) for name, sequence in granted]
+        if self.seed is not None:  # a repeated round draws the same noise: written with the next one's, in one go
+            self._released = released
+        elif self.ledger is not None:
+            self.ledger.release(released)
         pieces = torch.split(head, [value.numel() for value in like.values()])
         state = {name: piece.view(like[name].shape) for name, piece in zip(like, pieces, strict=True)}
         weight = MetricRecord({protocol.WEIGHT: 1})
@@ -146,8 +150,11 @@ class Central:
         )
 
     def close(self) -> None:
-        """Close the ledger."""
+        """Write what was collected, and close the ledger."""
         if self.ledger is not None:
+            if self._released:
+                self.ledger.release(self._released)
+            self._released = []
             self.ledger.close()
 
     def _streams(self, number: int) -> Streams:
@@ -157,6 +164,7 @@ class Central:
         if self.ledger is None:
             return []
         digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
+        done, self._released = self._released, []
         outcomes = self.ledger.reserve(
             [
                 Reservation(
@@ -172,7 +180,8 @@ class Central:
                     seeded=self.seed is not None,
                 )
                 for name in asked
-            ]
+            ],
+            done,
         )
         granted = []
         for name, outcome in zip(asked, outcomes, strict=True):

@@ -144,7 +144,7 @@ def test_no_noise_is_drawn_before_the_round_is_charged(tmp_path, monkeypatch):
         ledger.declare(name, DOMAIN, Terms(2.0, 1e-5))
     central = Central(noise, 0.3, 4, None, ledger)
     order, real = [], ledger.reserve
-    monkeypatch.setattr(ledger, "reserve", lambda wanted: order.append("reserve") or real(wanted))
+    monkeypatch.setattr(ledger, "reserve", lambda *given: order.append("reserve") or real(*given))
 
     class Streams:
         source = "test"

@@ -126,7 +126,8 @@ def check(request: RoundRequest, workplace: Workplace) -> None:
         raise refusal(INVALID_REQUEST)
     if (request.mechanism == "poisson") != (request.sample_rate is not None):
         raise refusal(INVALID_REQUEST)
-    noises = [request.noise_multiplier, *([] if request.metrics_noise is None else [request.metrics_noise])]
+    planned = None if request.plan_counts is None else request.plan_counts.noise_multiplier
+    noises = [noise for noise in (request.noise_multiplier, request.metrics_noise, planned) if noise is not None]
     if max(noises) > MOST_NOISE or not 1 / LARGEST_NORM <= request.clipping_norm <= LARGEST_NORM:
         raise refusal(INVALID_REQUEST)
     if request.metrics_noise is not None and privacy.metrics is None:  # nothing was kept apart to count on
@@ -139,7 +140,7 @@ def check(request: RoundRequest, workplace: Workplace) -> None:
         if admission.limits is not None and admission.limits.allow_seeded_noise and request.seed is None:
             raise refusal(INVALID_REQUEST)  # its sums are float32, for tests alone
     if request.mechanism == "none":
-        if request.metrics_noise is not None:
+        if request.metrics_noise is not None or request.plan_counts is not None:
             raise refusal(INVALID_REQUEST)
     elif request.noise_multiplier <= 0 or request.plan_steps < request.local_steps or request.unit == "holder":
         raise refusal(INVALID_REQUEST)
@@ -192,17 +193,30 @@ def _train(workplace: Workplace, name: str, records: Labelled, request: RoundReq
             request.metrics_noise,
             streams.noise(request.local_steps),
         )
-    plan = StepPlan(
+    plan = step_plan(request, declared, request.chunk if workplace.admission.simulated else CHUNK)
+    event = workplace.trainer.round(records.features, records.targets, plan, streams)
+    return protocol.released(workplace.trainable.trained(), declared, name, event.to_json(), count)
+
+
+def step_plan(request: RoundRequest, declared_records: int, chunk: int) -> StepPlan:
+    """What a holder does for a request.
+
+    Parameters
+    ----------
+    declared_records : int, >= 1
+        The holder's own public constant, or the request's.
+    chunk : int, >= 1
+        Most records at once.
+    """
+    return StepPlan(
         mechanism=request.mechanism,
         noise_multiplier=request.noise_multiplier,
         clipping_norm=request.clipping_norm,
         sample_rate=request.sample_rate,
         local_steps=request.local_steps,
-        declared_records=declared,
+        declared_records=declared_records,
         optimizer=request.optimizer,
         learning_rate=request.learning_rate,
         proximal_mu=request.proximal_mu,
-        chunk=request.chunk if workplace.admission.simulated else CHUNK,
+        chunk=chunk,
     )
-    event = workplace.trainer.round(records.features, records.targets, plan, streams)
-    return protocol.released(workplace.trainable.trained(), declared, name, event.to_json(), count)

@@ -31,6 +31,7 @@ import numpy as np
 from fedhead.common.data.persons import names_of
 from fedhead.common.data.records import Records
 from fedhead.common.errors import FedheadError
+from fedhead.common.results import write_aside
 
 Kind = Literal["persons", "records"]
 KINDS: Final[tuple[Kind, ...]] = ("persons", "records")
@@ -39,6 +40,7 @@ _SCHEMA: Final = 1
 _SIZE: Final = 16  # bytes of a hash: two of a million identities agree by accident with probability 1e-26
 _KEY_SIZE: Final = 32
 _MAC_SIZE: Final = 32
+_OWNER: Final = 0o600
 _HASHES: Final = np.dtype(f"S{_SIZE}")
 
 
@@ -161,7 +163,7 @@ class Domains:
         if create and not path.exists():
             if any(self._folder.glob("*.bin")):
                 raise DomainError(f"{path} is missing: the files beside it can't be read. Restore it from a backup.")
-            _write_aside(path, secrets.token_bytes(_KEY_SIZE))
+            write_aside(path, secrets.token_bytes(_KEY_SIZE), _OWNER, durable=True)
         key = path.read_bytes()
         if len(key) != _KEY_SIZE:
             raise DomainError(f"{path} is damaged: it must have {_KEY_SIZE} bytes. Restore it from a backup.")
@@ -187,11 +189,11 @@ class Domains:
     def _write(self, domain: str, held: Mapping[Kind, np.ndarray], key: bytes) -> None:
         header = {"schema": _SCHEMA, "domain": domain, "persons": len(held["persons"]), "records": len(held["records"])}
         body = json.dumps(header, sort_keys=True).encode() + b"\n" + b"".join(held[kind].tobytes() for kind in KINDS)
-        _write_aside(self._path(domain), body + _mac(body, key))
+        write_aside(self._path(domain), body + _mac(body, key), _OWNER, durable=True)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        handle = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handle = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _OWNER)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
@@ -231,22 +233,3 @@ def _told(folder: Path) -> Iterator[None]:
 def _make(folder: Path) -> None:
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
-
-
-def _write_aside(path: Path, content: bytes) -> None:
-    """Write a file for its owner only: aside, flushed, renamed, and its folder flushed."""
-    aside = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise

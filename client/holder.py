@@ -10,18 +10,16 @@ name, server, ca, key     who this is, and where it will join
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Any
 
-from pydantic import BaseModel, Field, PrivateAttr, TypeAdapter, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError
 
 from fedhead.common.config.faults import fault, faults_of, setting_name
 from fedhead.common.config.limits import Budget, Limits
-from fedhead.common.config.reference import tables_of
-from fedhead.common.config.tables import Table
+from fedhead.common.config.tables import Table, known_keys, part_of, read_toml
 from fedhead.common.errors import ConfigError
 
 LEDGER = "ledger.sqlite"
@@ -131,19 +129,7 @@ def load_holder(path: str | Path) -> HolderFile:
         With every fault at once, one line each.
     """
     path = Path(path)
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(
-            [f'HOLDER is "{path}": there is no such file. Name the data holder\'s own file; {_PAGE} shows one.']
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            [f'HOLDER is "{path}": it can\'t be read ({type(error).__name__}). Check the file.']
-        ) from error
-    except (ValueError, RecursionError) as error:  # besides TOML's own error: numbers and nesting beyond all bounds
-        reason = f" ({error})" if isinstance(error, tomllib.TOMLDecodeError) else ""
-        raise ConfigError([f'HOLDER is "{path}": it is no valid TOML{reason}. Correct it.']) from error
+    raw = read_toml(path, "HOLDER", f"Name the data holder's own file; {_PAGE} shows one.")
     return make_holder(raw, base=path.parent)
 
 
@@ -168,27 +154,15 @@ def make_holder(raw: Mapping[str, Any], base: Path | None = None) -> HolderFile:
         found: HolderFile | None = HolderFile.model_validate(raw)
     except ValidationError as error:
         found = None
-        faults += [_for_this_page(line) for line in faults_of(error, raw, _known_keys(HolderFile))]
+        faults += [_for_this_page(line) for line in faults_of(error, raw, known_keys(HolderFile))]
     # Combinations are judged over the parts that are valid in themselves, so that all faults come at once.
-    hints = get_type_hints(HolderFile, include_extras=True)
-    parts = _Parts(**{name: _part(name, hints[name], raw) for name in _Parts.__dataclass_fields__})
+    parts = _Parts(**{name: part_of(HolderFile, name, raw) for name in _Parts.__dataclass_fields__})
     for rule in _RULES:
         faults += rule(parts, base)
     if faults or found is None:
         raise ConfigError(faults)
     found._base = base
     return found
-
-
-def _part(name: str, hint: Any, raw: Mapping[str, Any]) -> Any:
-    """One setting or table validated alone; None when it has faults of its own."""
-    info = HolderFile.model_fields[name]
-    if name not in raw:
-        return None if info.is_required() else info.get_default(call_default_factory=True)
-    try:
-        return TypeAdapter(Annotated[hint, info]).validate_python(raw[name])
-    except ValidationError:
-        return None
 
 
 def _resolve(text: str, base: Path) -> Path:
@@ -201,14 +175,6 @@ def _for_this_page(line: str) -> str:
         if line.endswith(end):
             return line.removesuffix(end) + end.replace("docs/recipes.md", _PAGE)
     return line
-
-
-def _known_keys(model: type[BaseModel], prefix: str = "") -> dict[str, list[str]]:
-    known = {prefix: list(model.model_fields)}
-    for name, info in model.model_fields.items():
-        for table in tables_of(info.annotation):
-            known |= _known_keys(table, f"{prefix}.{name}" if prefix else name)
-    return known
 
 
 def _files(parts: _Parts, base: Path) -> Iterator[str]:

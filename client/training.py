@@ -163,7 +163,8 @@ class Trainer:
             self._private(features, targets, plan, streams)
         return event
 
-    def _optimizer(self, settings: Optimizer) -> PrivateOptimizer:
+    def optimizer_of(self, settings: Optimizer) -> PrivateOptimizer:
+        """The private optimizer that rounds with these settings use; an audit attaches its step hook to it."""
         found = self._optimizers.get(settings)
         if found is None:
             if len(self._optimizers) >= MOST_OPTIMIZERS:  # settings arrive with requests
@@ -172,7 +173,7 @@ class Trainer:
         return found
 
     def _private(self, features: Features, targets: Tensor, plan: StepPlan, streams: Streams) -> None:
-        optimizer, path, records = self._optimizer(plan.optimizer), self.path, len(features)
+        optimizer, path, records = self.optimizer_of(plan.optimizer), self.path, len(features)
         optimizer.begin(
             noise_multiplier=plan.noise_multiplier,
             clipping_norm=plan.clipping_norm,
@@ -225,7 +226,7 @@ class Trainer:
 
     def _plain(self, features: Features, targets: Tensor, plan: StepPlan, streams: Streams) -> None:
         """Steps without privacy: the plain gradient of the summed loss over the same divisor."""
-        optimizer = self._optimizer(plan.optimizer).original_optimizer
+        optimizer = self.optimizer_of(plan.optimizer).original_optimizer
         begin_round(optimizer, plan.learning_rate)
         received = [p.detach().clone() for p in self.parameters] if plan.proximal_mu else []
         chunk = plan.chunk

@@ -8,13 +8,14 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from fedhead.common.config.checks import CHECKS, Sections
 from fedhead.common.config.faults import fault, faults_of
 from fedhead.common.config.schema import RunConfig
+from fedhead.common.config.tables import known_keys, part_of, read_toml
 from fedhead.common.errors import ConfigError
 
 _NOTHING = object()  # what `--set key=` stands for: the setting is taken out, so that it has its default
@@ -37,18 +38,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         With every fault at once.
     """
     path = Path(path)
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(
-            [f'RECIPE is "{path}": there is no such file. "fedhead simulate --list" names the built-in recipes.']
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            [f'RECIPE is "{path}": it can\'t be read ({type(error).__name__}). Check the file.']
-        ) from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError([f'RECIPE is "{path}": it is no valid TOML ({error}). Correct that line.']) from error
+    raw = read_toml(path, "RECIPE", '"fedhead simulate --list" names the built-in recipes.')
     for override in overrides:
         _override(raw, override)
     return make_config(raw, base=path.parent)
@@ -74,13 +64,11 @@ def make_config(raw: Mapping[str, Any], base: Path | None = None) -> RunConfig:
     try:
         RunConfig.model_validate(pruned)
     except ValidationError as error:
-        faults += faults_of(error, raw, _known_keys(RunConfig))
+        faults += faults_of(error, raw, known_keys(RunConfig))
     # Combinations are judged over the sections that are valid in themselves, so that all faults come at once.
     sections: dict[str, Any] = {}
-    for name, info in RunConfig.model_fields.items():
-        if name not in pruned and info.is_required():
-            continue
-        section = _section(name, pruned)
+    for name in RunConfig.model_fields:
+        section = part_of(RunConfig, name, pruned)
         if section is not None:
             sections[name] = section
     for check in CHECKS:
@@ -111,16 +99,6 @@ def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     return make_config(raw, base=config.base)
 
 
-def _section(name: str, raw: Mapping[str, Any]) -> Any:
-    """One section validated alone; None when it has faults of its own."""
-    if name not in raw:
-        return RunConfig.model_fields[name].get_default(call_default_factory=True)
-    try:
-        return TypeAdapter(get_type_hints(RunConfig, include_extras=True)[name]).validate_python(raw[name])
-    except ValidationError:
-        return None
-
-
 def _override(raw: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key.strip():
@@ -129,7 +107,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # TOML's own error is a ValueError, as are numbers beyond all bounds
         value = text
     _assign(raw, key.strip().split("."), value if text.strip() else _NOTHING, key)
 
@@ -145,18 +123,6 @@ def _assign(raw: dict[str, Any], keys: list[str], value: Any, name: str) -> None
         here.pop(keys[-1], None)
     else:
         here[keys[-1]] = value
-
-
-def _known_keys(model: type[BaseModel], prefix: str = "") -> dict[str, list[str]]:
-    from fedhead.common.config.reference import tables_of
-
-    known: dict[str, list[str]] = {prefix: list(model.model_fields)}
-    for name, info in model.model_fields.items():
-        path = f"{prefix}.{name}" if prefix else name
-        for table in tables_of(info.annotation):
-            for key, keys in _known_keys(table, path).items():
-                known[key] = sorted({*known.get(key, []), *keys})
-    return known
 
 
 def builtin_recipes() -> dict[str, Path]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from fedhead.common.config.schema import RunConfig
+from fedhead.common.config.tables import tables_of
 
 _HEADER = """# Recipes: every setting
 
@@ -30,17 +31,6 @@ def reference() -> str:
         parts.append(f"\n## [{name}]\n\n{_sentence(info.description)}\n")
         parts += _section(name, info)
     return "".join(parts)
-
-
-def tables_of(annotation: Any) -> list[type[BaseModel]]:
-    """The tables that a setting may hold: one, or one for each kind of a union."""
-    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) is None and not get_args(annotation):
-        return []
-    if get_origin(annotation) in (list, dict, tuple):
-        return []
-    return [table for part in get_args(annotation) for table in tables_of(part)]
 
 
 def _section(name: str, info: FieldInfo) -> Iterator[str]:

@@ -94,13 +94,14 @@ def map_labels(loaded: Loaded, column: str, labels: Sequence[str], request: Requ
 
 
 def _texts(values: np.ndarray) -> np.ndarray:
-    """Labels as text: 3.0 as "3", as integers with a gap arrive; no value as ""."""
+    """Labels as text."""
     if values.dtype.kind in "iuU":
         return values.astype(str)
-    return np.array([_text(value) for value in values.tolist()], dtype=str)
+    return np.array([text_of(value) for value in values.tolist()], dtype=str)
 
 
-def _text(value: object) -> str:
+def text_of(value: object) -> str:
+    """A value of a column as text: 3.0 as "3", as whole numbers in a column with gaps arrive; no value as ""."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, float) and value.is_integer():

@@ -84,16 +84,20 @@ class Texts(Inputs):
         return [text.encode("utf-8", "surrogatepass") for text in self.read(rows)]
 
 
-class Vectors(Inputs):
-    """Vectors: a float64 array of shape (N, D)."""
-
-    person = b"vector"
+class _InMemory(Inputs):
+    """Inputs that are rows of one array."""
 
     def __init__(self, values: np.ndarray) -> None:
         self._values = values
 
     def __len__(self) -> int:
         return len(self._values)
+
+
+class Vectors(_InMemory):
+    """Vectors: a float64 array of shape (N, D)."""
+
+    person = b"vector"
 
     def read(self, rows: np.ndarray) -> list[Any]:
         """Arrays of shape (D,)."""
@@ -104,16 +108,10 @@ class Vectors(Inputs):
         return [row.tobytes() for row in self._values[rows]]
 
 
-class ArrayImages(Inputs):
+class ArrayImages(_InMemory):
     """Images in memory: a uint8 array of shape (N, H, W) or (N, H, W, 3)."""
 
     person = b"image-array"
-
-    def __init__(self, values: np.ndarray) -> None:
-        self._values = values
-
-    def __len__(self) -> int:
-        return len(self._values)
 
     def read(self, rows: np.ndarray) -> list[Any]:
         """RGB images."""

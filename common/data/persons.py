@@ -7,7 +7,6 @@ person, and which of their records are left out follows keyed hashes of their ow
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -15,6 +14,7 @@ from typing import Final
 
 import numpy as np
 
+from fedhead.common.data.columns import text_of
 from fedhead.common.data.records import SPLIT_KEY, Records
 from fedhead.common.errors import DataError
 
@@ -101,11 +101,7 @@ def names_of(records: Records, column: str, setting: str = "privacy.person") -> 
 
 
 def _text(value: object) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, float) and value.is_integer():  # whole numbers in a column that has, or had, gaps
-        return str(int(value))
-    return (value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)).strip()
+    return (value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else text_of(value)).strip()
 
 
 def codes_of(names: Sequence[str] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:

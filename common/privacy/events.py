@@ -12,7 +12,6 @@ neighbouring relation of every event is adding or removing one privacy unit; the
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -30,6 +29,13 @@ class _Event:
     """What all events have in common."""
 
     mechanism: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for name in tuple(vars(self)):
+            if name == "steps":
+                _steps(self)
+            else:
+                _number(self, name, *_NUMBERS[name])
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces, shortest exact floats; equal events give equal text."""
@@ -56,11 +62,20 @@ def short(value: object) -> str:
     return text if len(text) <= 60 else text[:60] + "..."
 
 
-def _number(event: Any, name: str, rule: str, most: float = math.inf) -> None:
+_POSITIVE: Final = ("a finite number more than 0", LARGEST)
+_NUMBERS: Final[Mapping[str, tuple[str, float]]] = {
+    "noise_multiplier": _POSITIVE,
+    "clipping_norm": _POSITIVE,
+    "sensitivity": _POSITIVE,
+    "sample_rate": ("a probability more than 0 and at most 1", 1.0),
+}
+
+
+def _number(event: Any, name: str, rule: str, most: float) -> None:
     """Turn a field into a finite float in (0, most], or say what is wrong with it."""
     value = getattr(event, name)
     # compared, never converted first: float() of a whole number with 400 digits raises
-    good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= min(most, LARGEST)
+    good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most
     if not good:
         raise InputError(
             f"event.{name} is {short(value)}: it must be {rule}. Give such a number, or the mechanism none for a "
@@ -100,11 +115,6 @@ class GaussianEvent(_Event):
     clipping_norm: float
     steps: int
 
-    def __post_init__(self) -> None:
-        _number(self, "noise_multiplier", "a finite number more than 0")
-        _number(self, "clipping_norm", "a finite number more than 0")
-        _steps(self)
-
 
 @dataclass(frozen=True)
 class PoissonEvent(_Event):
@@ -128,12 +138,6 @@ class PoissonEvent(_Event):
     clipping_norm: float
     sample_rate: float
     steps: int
-
-    def __post_init__(self) -> None:
-        _number(self, "noise_multiplier", "a finite number more than 0")
-        _number(self, "clipping_norm", "a finite number more than 0")
-        _number(self, "sample_rate", "a probability more than 0 and at most 1", most=1.0)
-        _steps(self)
 
 
 @dataclass(frozen=True)
@@ -165,11 +169,6 @@ class CountEvent(_Event):
     sensitivity: float
     steps: int
 
-    def __post_init__(self) -> None:
-        _number(self, "noise_multiplier", "a finite number more than 0")
-        _number(self, "sensitivity", "a finite number more than 0")
-        _steps(self)
-
 
 @dataclass(frozen=True)
 class NoPrivacyEvent(_Event):
@@ -177,9 +176,6 @@ class NoPrivacyEvent(_Event):
 
     mechanism: ClassVar[str] = "none"
     steps: int
-
-    def __post_init__(self) -> None:
-        _steps(self)
 
 
 Event = GaussianEvent | PoissonEvent | CountEvent | NoPrivacyEvent

@@ -1,18 +1,24 @@
 """A deployed data holder in this process: a holder.toml on disk, and messages as a server would send them."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from sklearn.datasets import load_digits
 
 from fedhead.client import app as client_app
 from fedhead.client import workplace
 from fedhead.common import protocol
 from fedhead.common.config import make_config, to_json
 from fedhead.common.models.backbones import load_backbone
+from fedhead.common.privacy.events import from_json
+from fedhead.common.privacy.ledger import Ledger
 from fedhead.common.protocol import RoundRequest
+from fedhead.common.refusals import TEXTS
 
 HOLDER = """
 name = "st-mary"
@@ -82,6 +88,40 @@ class Deployed:
 
     def ask(self, head: torch.Tensor | None = None, seen=None, **changes) -> Message:
         return self.send(self.message(self.request(**changes), head, seen))
+
+    @staticmethod
+    def head_of(reply: Message) -> dict[str, np.ndarray]:
+        """The head that was released."""
+        assert not reply.has_error(), reply.error
+        return {name: array.numpy() for name, array in reply.content[protocol.ARRAYS].items()}
+
+    @staticmethod
+    def code_of(reply: Message) -> int:
+        """The code of a refusal, whose text is the code's own."""
+        assert reply.has_error()
+        _, code, text = protocol.read_refusal(reply)
+        assert text == TEXTS[code]
+        return code
+
+    def spent(self) -> float:
+        """Sum of steps / noise^2 that the ledger holds."""
+        with Ledger(self.ledger) as ledger:
+            ledger.verify()
+            events = [from_json(one.event) for one in ledger.entries() if one.kind == "reserve"]
+        return sum(event.steps / event.noise_multiplier**2 for event in events)
+
+    def give_persons(self) -> None:
+        """The same records from a file that says whose they are, four a patient."""
+        digits = load_digits()
+        rows = [
+            {"vector": (image / 16).tolist(), "label": str(label), "patient": f"p{number // 4}"}
+            for number, (image, label) in enumerate(zip(digits.data, digits.target, strict=True))
+        ]
+        (self.folder / "ward.json").write_text("\n".join(map(json.dumps, rows)))
+        text = self.file.read_text()
+        assert 'source = "sklearn:digits"' in text
+        named = 'source = "json:ward.json"\nperson = "patient"'
+        self.file.write_text(text.replace('source = "sklearn:digits"', named))
 
     def restart(self) -> None:
         """What a new process would start with."""

@@ -1,52 +1,25 @@
 """A deployed holder: its limits and its ledger have the last word, whatever arrives."""
 
-import json
 import shutil
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 
 from fedhead.client import deployed as deployed_module
 from fedhead.client.holder import load_holder
 from fedhead.common import protocol, refusals
 from fedhead.common.config import changed
 from fedhead.common.features import FeatureSet
-from fedhead.common.privacy.events import from_json
 from fedhead.common.privacy.ledger import Ledger
-from fedhead.common.refusals import TEXTS
-
-
-def head_of(reply):
-    assert not reply.has_error(), reply.error
-    return {name: array.numpy() for name, array in reply.content[protocol.ARRAYS].items()}
-
-
-def code_of(reply):
-    assert reply.has_error()
-    _, code, text = protocol.read_refusal(reply)
-    assert text == TEXTS[code]
-    return code
-
-
-def spent(holder):
-    """Sum of steps / noise^2 that the ledger holds."""
-    ledger = Ledger(holder.ledger)
-    try:
-        ledger.verify()
-        events = [from_json(one.event) for one in ledger.entries() if one.kind == "reserve"]
-        return sum(event.steps / event.noise_multiplier**2 for event in events)
-    finally:
-        ledger.close()
 
 
 def test_a_round_is_charged_released_and_useful(deployed):
     holder = deployed()
     reply = holder.ask()
-    head = head_of(reply)
+    head = holder.head_of(reply)
     assert head["head.weight"].dtype == "float32"
     assert abs(head["head.weight"]).max() > 0
-    assert spent(holder) == pytest.approx(1 / 400)
+    assert holder.spent() == pytest.approx(1 / 400)
     mark = protocol.read_mark(reply)
     ledger = Ledger(holder.ledger)
     assert ledger.mark("st-mary") == mark
@@ -57,22 +30,22 @@ def test_a_round_is_charged_released_and_useful(deployed):
 
 def test_noise_is_fresh_and_no_seed_that_arrives_is_used(deployed):
     first, second, third = deployed(), deployed(), deployed()
-    one = head_of(first.ask(seed=7))
+    one = first.head_of(first.ask(seed=7))
     first.restart()
-    two = head_of(second.ask(seed=7))
+    two = second.head_of(second.ask(seed=7))
     second.restart()
     for seeded in (torch.manual_seed,):
         seeded(7)
-    three = head_of(third.ask(seed=None))
+    three = third.head_of(third.ask(seed=None))
     for a, b in ((one, two), (one, three), (two, three)):
         assert (a["head.weight"] != b["head.weight"]).mean() > 0.99
 
 
 def test_seeded_noise_is_used_only_where_the_holder_allows_it(deployed):
     first, second = (deployed(limits="allow_seeded_noise = true") for _ in range(2))
-    one = head_of(first.ask(seed=7))
+    one = first.head_of(first.ask(seed=7))
     first.restart()
-    assert (head_of(second.ask(seed=7))["head.weight"] == one["head.weight"]).all()
+    assert (second.head_of(second.ask(seed=7))["head.weight"] == one["head.weight"]).all()
     ledger = Ledger(second.ledger)
     assert {e.noise for e in ledger.entries() if e.kind == "reserve"} == {"mt19937-seeded"}
     ledger.close()
@@ -85,24 +58,24 @@ def test_a_repeated_request_gets_the_same_bytes_and_costs_nothing(deployed):
     holder.restart()  # also across processes
     two = holder.send(holder.message(request))
     assert protocol.pack(one.content) == protocol.pack(two.content)
-    assert spent(holder) == pytest.approx(1 / 400)
+    assert holder.spent() == pytest.approx(1 / 400)
 
 
 def test_the_same_round_with_another_request_or_head_is_refused(deployed):
     holder = deployed()
     assert not holder.ask().has_error()
-    assert code_of(holder.ask(learning_rate=2.0)) == refusals.CHANGED_ROUND
-    assert code_of(holder.ask(head=torch.ones(10, 64))) == refusals.CHANGED_ROUND
+    assert holder.code_of(holder.ask(learning_rate=2.0)) == refusals.CHANGED_ROUND
+    assert holder.code_of(holder.ask(head=torch.ones(10, 64))) == refusals.CHANGED_ROUND
     assert not holder.ask(round=2).has_error()
-    assert code_of(holder.ask(learning_rate=2.0)) in (refusals.STALE_ROUND, refusals.CHANGED_ROUND)
-    assert spent(holder) == pytest.approx(2 / 400)
+    assert holder.code_of(holder.ask(learning_rate=2.0)) in (refusals.STALE_ROUND, refusals.CHANGED_ROUND)
+    assert holder.spent() == pytest.approx(2 / 400)
 
 
 def test_an_older_round_is_refused(deployed):
     holder = deployed()
     assert not holder.ask(round=3).has_error()
-    assert code_of(holder.ask(round=2)) == refusals.STALE_ROUND
-    assert spent(holder) == pytest.approx(1 / 400)
+    assert holder.code_of(holder.ask(round=2)) == refusals.STALE_ROUND
+    assert holder.spent() == pytest.approx(1 / 400)
 
 
 def test_the_budget_holds_across_runs_and_restarts(deployed):
@@ -110,7 +83,7 @@ def test_the_budget_holds_across_runs_and_restarts(deployed):
     codes = []
     for number in range(12):
         reply = holder.ask(run=f"run-{number}", noise_multiplier=3.0)
-        codes.append(code_of(reply) if reply.has_error() else 0)
+        codes.append(holder.code_of(reply) if reply.has_error() else 0)
         holder.restart()
     # epsilon 3 at delta 1e-5 is mu^2 = .516: four steps of 1/9 fit, five don't
     assert codes == [0] * 4 + [refusals.BEYOND_BUDGET] * 8
@@ -121,19 +94,19 @@ def test_a_run_has_a_limit_of_its_own(deployed):
     holder = deployed(budget="per_run = { epsilon = 1.0 }")
     found = [holder.ask(round=number, noise_multiplier=5.0) for number in (1, 2)]
     assert not found[0].has_error()
-    assert code_of(found[1]) == refusals.BEYOND_RUN
+    assert holder.code_of(found[1]) == refusals.BEYOND_RUN
     assert not holder.ask(run="other", noise_multiplier=5.0).has_error()
 
 
 def test_a_run_that_can_not_be_finished_is_refused_at_its_first_round(deployed):
     holder = deployed()
     # epsilon 3 at delta 1e-5 is mu^2 = .516: 51 steps of 1/100 fit
-    assert code_of(holder.ask(noise_multiplier=10.0, plan_steps=60)) == refusals.BEYOND_BUDGET
-    assert spent(holder) == 0
+    assert holder.code_of(holder.ask(noise_multiplier=10.0, plan_steps=60)) == refusals.BEYOND_BUDGET
+    assert holder.spent() == 0
     assert not holder.ask(noise_multiplier=10.0, plan_steps=50).has_error()
     counts = {"number": 4, "noise_multiplier": 1.0}
-    assert code_of(holder.ask(run="counts", noise_multiplier=10.0, plan_counts=counts)) == refusals.BEYOND_BUDGET
-    assert spent(holder) == pytest.approx(1 / 100)
+    assert holder.code_of(holder.ask(run="counts", noise_multiplier=10.0, plan_counts=counts)) == refusals.BEYOND_BUDGET
+    assert holder.spent() == pytest.approx(1 / 100)
 
 
 @pytest.mark.parametrize(
@@ -159,8 +132,8 @@ def test_what_goes_beyond_the_limits_is_refused_before_any_record_is_read(deploy
         raise AssertionError("a record was read")
 
     monkeypatch.setattr(FeatureSet, "batch", touched)
-    assert code_of(holder.ask(round=2, **changes)) == code
-    assert spent(holder) == 0
+    assert holder.code_of(holder.ask(round=2, **changes)) == code
+    assert holder.spent() == 0
 
 
 def test_an_older_copy_of_the_ledger_is_noticed(deployed, tmp_path):
@@ -173,8 +146,8 @@ def test_an_older_copy_of_the_ledger_is_noticed(deployed, tmp_path):
     holder.restart()
     shutil.rmtree(holder.folder / "state")
     shutil.copytree(tmp_path / "backup", holder.folder / "state")
-    assert code_of(holder.ask(round=3, seen=seen)) == refusals.OLD_LEDGER
-    assert code_of(holder.ask(round=3, run="new", seen=seen)) == refusals.OLD_LEDGER
+    assert holder.code_of(holder.ask(round=3, seen=seen)) == refusals.OLD_LEDGER
+    assert holder.code_of(holder.ask(round=3, run="new", seen=seen)) == refusals.OLD_LEDGER
     assert not holder.ask(round=3, seen=protocol.read_mark(first)).has_error()
 
 
@@ -189,12 +162,12 @@ def test_training_that_fails_stays_spent_and_says_nothing(deployed, monkeypatch)
 
     monkeypatch.setattr(Trainer, "round", broken)
     reply = holder.ask(round=2)
-    assert code_of(reply) == refusals.TRAINING_FAILED
+    assert holder.code_of(reply) == refusals.TRAINING_FAILED
     assert "4711" not in str(reply.error)
-    assert spent(holder) == pytest.approx(2 / 400)
+    assert holder.spent() == pytest.approx(2 / 400)
     monkeypatch.undo()
     assert not holder.ask(round=2).has_error()  # the same round again is a new spend
-    assert spent(holder) == pytest.approx(3 / 400)
+    assert holder.spent() == pytest.approx(3 / 400)
 
 
 def test_a_broken_ledger_stops_all_training(deployed, monkeypatch):
@@ -206,7 +179,7 @@ def test_a_broken_ledger_stops_all_training(deployed, monkeypatch):
     holder.ledger.write_bytes(bytes(data[: len(data) * 2 // 3]))
     for path in holder.folder.glob("state/ledger.sqlite-*"):
         path.unlink()
-    assert code_of(holder.ask(round=2)) in (refusals.NO_LEDGER, refusals.TRAINING_FAILED)
+    assert holder.code_of(holder.ask(round=2)) in (refusals.NO_LEDGER, refusals.TRAINING_FAILED)
 
 
 def test_the_holders_own_constant_goes_before_the_requests(deployed):
@@ -238,8 +211,8 @@ def test_a_false_declaration_of_disjointness_stops_everything(deployed):
     text = holder.file.read_text()
     other = text.replace('domain = "wards"', 'domain = "clinic"\ndisjoint_from = ["wards"]')
     holder.file.write_text(other)  # the same records under another name
-    assert code_of(holder.ask(run="run-2")) == refusals.NOT_READY
-    assert spent(holder) == pytest.approx(1 / 400)
+    assert holder.code_of(holder.ask(run="run-2")) == refusals.NOT_READY
+    assert holder.spent() == pytest.approx(1 / 400)
 
 
 def test_two_domains_of_one_holder_add_up(deployed):
@@ -247,23 +220,16 @@ def test_two_domains_of_one_holder_add_up(deployed):
     assert not holder.ask(noise_multiplier=1.5).has_error()  # .444 of .516
     holder.restart()
     holder.file.write_text(holder.file.read_text().replace('domain = "wards"', 'domain = "clinic"'))
-    assert code_of(holder.ask(run="run-2", noise_multiplier=1.5)) == refusals.BEYOND_BUDGET
+    assert holder.code_of(holder.ask(run="run-2", noise_multiplier=1.5)) == refusals.BEYOND_BUDGET
     assert not holder.ask(run="run-2", noise_multiplier=20.0).has_error()
 
 
 def test_persons_at_a_deployed_holder(deployed):
     holder = deployed(changes={"unit": "person", "person": "anything", "records_per_person": 3})
-    digits = load_digits()
-    rows = [
-        {"vector": (image / 16).tolist(), "label": str(label), "patient": f"p{number // 4}"}
-        for number, (image, label) in enumerate(zip(digits.data, digits.target, strict=True))
-    ]
-    (holder.folder / "ward.json").write_text("\n".join(map(json.dumps, rows)))
-    text = holder.file.read_text().replace('source = "sklearn:digits"', 'source = "json:ward.json"\nperson = "patient"')
-    holder.file.write_text(text)
+    holder.give_persons()
     assert not holder.ask(unit="person").has_error()
     with Ledger(holder.ledger) as ledger:
         assert [one.unit for one in ledger.entries() if one.kind == "reserve"] == ["person"]
     # another bound on records a person is another guarantee than the data were prepared for
-    assert code_of(holder.ask(unit="person", round=2, records_per_person=2)) == refusals.INVALID_REQUEST
-    assert code_of(holder.ask(unit="record", round=2)) == refusals.INVALID_REQUEST
+    assert holder.code_of(holder.ask(unit="person", round=2, records_per_person=2)) == refusals.INVALID_REQUEST
+    assert holder.code_of(holder.ask(unit="record", round=2)) == refusals.INVALID_REQUEST

@@ -1,9 +1,6 @@
 """A server that tries to learn or to spend more than a deployed holder allows."""
 
-import json
-
 import pytest
-from sklearn.datasets import load_digits
 
 from fedhead.client import deployed as deployed_module
 from fedhead.client.holder import load_holder
@@ -11,34 +8,9 @@ from fedhead.client.workplace import fingerprint
 from fedhead.common import protocol, refusals
 from fedhead.common.config import changed
 from fedhead.common.data.sources import load_records
-from fedhead.common.privacy.events import from_json
 from fedhead.common.privacy.filters import Totals
 from fedhead.common.privacy.ledger import Ledger
 from fedhead.common.privacy.ledger.chain import hash_of
-from fedhead.common.refusals import TEXTS
-
-
-def head_of(reply):
-    assert not reply.has_error(), reply.error
-    return {name: array.numpy() for name, array in reply.content[protocol.ARRAYS].items()}
-
-
-def code_of(reply):
-    assert reply.has_error()
-    _, code, text = protocol.read_refusal(reply)
-    assert text == TEXTS[code]
-    return code
-
-
-def spent(holder):
-    """Sum of steps / noise^2 that the ledger holds."""
-    ledger = Ledger(holder.ledger)
-    try:
-        ledger.verify()
-        events = [from_json(one.event) for one in ledger.entries() if one.kind == "reserve"]
-        return sum(event.steps / event.noise_multiplier**2 for event in events)
-    finally:
-        ledger.close()
 
 
 def test_the_ledgers_hash_does_not_tell_one_set_of_records_from_another(deployed):
@@ -76,7 +48,7 @@ def test_labels_are_not_for_a_server_to_find_out(deployed):
     for labels in (list("012345678"), [*"0123456789", "ten"], [*"012345678", "x"]):
         holder = deployed()
         holder.config = changed(holder.config, {"task.labels": labels})
-        answers.add(code_of(holder.ask()))
+        answers.add(holder.code_of(holder.ask()))
         holder.restart()
     assert answers == {refusals.NOT_READY}
 
@@ -85,7 +57,7 @@ def test_labels_are_not_for_a_server_to_find_out(deployed):
 def test_heads_whose_bound_is_not_proved_need_the_holders_word(deployed, head):
     holder = deployed()
     holder.config = changed(holder.config, {"model.head": head})
-    assert code_of(holder.ask()) == refusals.NOT_READY
+    assert holder.code_of(holder.ask()) == refusals.NOT_READY
     allowed = deployed(limits='heads = ["mlp"]')
     own = deployed_module.own_recipe(load_holder(allowed.file), changed(allowed.config, {"model.head": head}))
     assert own.model.head.kind == "mlp"
@@ -95,17 +67,10 @@ def test_one_budget_covers_one_unit(deployed):
     holder = deployed()
     assert not holder.ask().has_error()
     holder.restart()
-    digits = load_digits()
-    rows = [
-        {"vector": (image / 16).tolist(), "label": str(label), "patient": f"p{number // 4}"}
-        for number, (image, label) in enumerate(zip(digits.data, digits.target, strict=True))
-    ]
-    (holder.folder / "ward.json").write_text("\n".join(map(json.dumps, rows)))
-    text = holder.file.read_text().replace('"sklearn:digits"', '"json:ward.json"\nperson = "patient"')
-    holder.file.write_text(text)
+    holder.give_persons()
     holder.config = changed(holder.config, {"privacy.unit": "person", "privacy.person": "patient"})
-    assert code_of(holder.ask(run="run-2", unit="person", records_per_person=10)) == refusals.OTHER_UNIT
-    assert spent(holder) == pytest.approx(1 / 400)
+    assert holder.code_of(holder.ask(run="run-2", unit="person", records_per_person=10)) == refusals.OTHER_UNIT
+    assert holder.spent() == pytest.approx(1 / 400)
 
 
 def test_another_name_or_a_lost_ledger_is_no_new_budget(deployed):
@@ -114,19 +79,19 @@ def test_another_name_or_a_lost_ledger_is_no_new_budget(deployed):
     holder.restart()
     text = holder.file.read_text()
     holder.file.write_text(text.replace('name = "st-mary"', 'name = "st-mary-2"'))
-    assert code_of(holder.ask(run="run-2")) == refusals.NO_LEDGER
+    assert holder.code_of(holder.ask(run="run-2")) == refusals.NO_LEDGER
     holder.file.write_text(text)
     for path in holder.folder.glob("state/ledger.sqlite*"):
         path.unlink()
-    assert code_of(holder.ask(run="run-2")) == refusals.NO_LEDGER
+    assert holder.code_of(holder.ask(run="run-2")) == refusals.NO_LEDGER
 
 
 def test_a_plan_that_takes_an_accountant_forever_is_refused_at_once(deployed):
     holder = deployed(
         budget="poisson_share = 1.0", changes={"mechanism": "poisson", "sample_rate": 0.1, "epsilon": 1.0}
     )
-    assert code_of(holder.ask(plan_steps=2**53)) == refusals.INVALID_REQUEST
-    assert code_of(holder.ask(noise_multiplier=2.0**24)) == refusals.INVALID_REQUEST
+    assert holder.code_of(holder.ask(plan_steps=2**53)) == refusals.INVALID_REQUEST
+    assert holder.code_of(holder.ask(noise_multiplier=2.0**24)) == refusals.INVALID_REQUEST
     assert not holder.ask(noise_multiplier=5.0, plan_steps=10, delta=1e-6).has_error()
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedhead.common.config.reference import tables_of
 from fedhead.common.config.strategies import Strategy
+from fedhead.common.config.tables import tables_of
 from fedhead.common.privacy.accounting import epsilon
 from fedhead.common.privacy.events import GaussianEvent, PoissonEvent
 from fedhead.common.results import Result

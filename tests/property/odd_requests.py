@@ -1,6 +1,7 @@
 """Requests that a fuzzed server may send, good, odd and hostile, and which of them a holder may answer."""
 
 import json
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -172,36 +173,86 @@ def steps(draw):
     )
 
 
+GOOD_NUMBERS = [1, 4, 100_000]
+GOOD_NOISES = [9.999, 10.0, 12, 50.0, 5000.0, 2.0**25]
+ODD_NUMBERS = st.one_of(
+    st.sampled_from([0, -1, 100_001, 2**31, 2**53, 2**64, -(2**63), 1.0, 4.0, 1e5, 1e400, 5e-324, -0.0, 2.0**25 + 8]),
+    st.integers(),
+    st.floats(),
+    st.booleans(),
+    st.one_of(st.integers(), st.floats()).map(str),
+    st.text(max_size=8),
+    st.lists(st.integers(1, 9), max_size=2),
+    st.integers(300, 6000).map(lambda digits: Raw("7" * digits)),
+    st.sampled_from([*ANY, MISSING]),
+)
+"""What may stand where a number should: some of these are good ones, too."""
+
+
+@st.composite
+def counts(draw):
+    """Numbers of noised counts, planned and asked for, at most two of the three odd."""
+    odd = draw(st.lists(st.sampled_from(["number", "noise", "asked"]), max_size=2, unique=True))
+
+    def value(name, good):
+        return draw(ODD_NUMBERS if name in odd else st.sampled_from(good))
+
+    planned = {"number": value("number", GOOD_NUMBERS), "noise_multiplier": value("noise", GOOD_NOISES)}
+    asked = value("asked", [None, MISSING, *GOOD_NOISES])
+    return {"plan_counts": Raw(spelled(planned)), "metrics_noise": asked}
+
+
+def number(value, low, high):
+    return type(value) in (int, float) and low <= value <= high
+
+
+def whole(value, high):
+    return type(value) is int and 1 <= value <= high
+
+
+def countable(planned):
+    """Whether this is a plan of counts that a holder has room for."""
+    return (
+        type(planned) is dict
+        and set(planned) == {"number", "noise_multiplier"}
+        and whole(planned["number"], 100_000)
+        and number(planned["noise_multiplier"], 5e-324, 2**25)
+    )
+
+
+def foreseen(fields):
+    """What the rest of a run costs by its own word: the sum of steps / noise^2, exactly."""
+    cost = Fraction(fields.get("plan_steps", 1) - fields["local_steps"]) / Fraction(fields["noise_multiplier"]) ** 2
+    planned = fields.get("plan_counts")
+    if planned is not None:
+        rest = planned["number"] - (fields.get("metrics_noise") is not None)
+        cost += rest / Fraction(planned["noise_multiplier"]) ** 2
+    return cost
+
+
 def honest(fields, backbone):
     """Whether a request is one that this holder may answer with a release: rules written down a second time."""
-
-    def number(name, low, high, default=None):
-        value = fields.get(name, default)
-        return type(value) in (int, float) and low <= value <= high
-
-    def whole(name, high, default=None):
-        return type(fields.get(name, default)) is int and number(name, 1, high, default)
-
-    metrics = fields.get("metrics_noise")
+    metrics, planned = fields.get("metrics_noise"), fields.get("plan_counts")
     return (
         set(fields) <= KEYS
         and fields.get("version", 1) == 1
         and type(fields.get("run")) is str
         and 1 <= len(fields["run"]) <= 64
-        and whole("round", 2**53)
+        and whole(fields.get("round"), 2**53)
         and fields.get("task") == "classification"
         and fields.get("backbone") == backbone
         and fields.get("unit", "record") == "record"
         and fields.get("records_per_person") is None
         and fields.get("mechanism") == "full-batch"
         and fields.get("sample_rate") is None
-        and number("noise_multiplier", 1.5, 2**25)
-        and number("clipping_norm", 2.0**-500, 1.0)
-        and whole("local_steps", 100_000)
-        and whole("plan_steps", 2**53, 1)
+        and number(fields.get("noise_multiplier"), 1.5, 2**25)
+        and number(fields.get("clipping_norm"), 2.0**-500, 1.0)
+        and whole(fields.get("local_steps"), 100_000)
+        and whole(fields.get("plan_steps", 1), 2**53)
         and fields["local_steps"] <= fields.get("plan_steps", 1)
-        and whole("declared_records", 2**53)
-        and number("learning_rate", 5e-324, 1.7e308)
-        and number("proximal_mu", 0, 1.7e308, 0.0)
-        and (metrics is None or number("metrics_noise", 10.0, 2**25))
+        and whole(fields.get("declared_records"), 2**53)
+        and number(fields.get("learning_rate"), 5e-324, 1.7e308)
+        and number(fields.get("proximal_mu", 0.0), 0, 1.7e308)
+        and (metrics is None or number(metrics, 10.0, 2**25))
+        and (planned is None or countable(planned))
     )

@@ -1,5 +1,8 @@
 """Adding or removing one record moves the clipped sum by at most the clipping norm, whatever is in the record."""
 
+from pathlib import Path
+from runpy import run_path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,23 +11,11 @@ from torch import nn
 
 from fedhead.client.gradients import ClosedForm
 from fedhead.client.paths import make_path
-from fedhead.common.config.schema import TaskSettings
-from fedhead.common.models.trainable import Trainable
 from fedhead.common.privacy.clipping import LARGEST, clip_factors, finite_records, linear_softmax_clipped_sum
-from fedhead.common.tasks.classification import Classification
 
-D, K = 4, 3
-TASK = Classification(TaskSettings(labels=list("abc")))
-NUMBERS = st.one_of(
-    st.floats(-10, 10, width=32),
-    st.sampled_from([0.0, float("nan"), float("inf"), float("-inf"), 1e30, -1e30, 3e38, 1e-40, 1e19]),
-)
-ROWS = st.lists(st.tuples(st.lists(NUMBERS, min_size=D, max_size=D), st.integers(0, K - 1)), min_size=1, max_size=5)
-HEADS = {
-    "linear": lambda: nn.Linear(D, K),
-    "no bias": lambda: nn.Linear(D, K, bias=False),
-    "mlp": lambda: nn.Sequential(nn.Linear(D, 5), nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, K)),
-}
+SUMS = run_path(str(Path(__file__).with_name("bounded_sums.py")))
+D, K, RECORDS, TASK, trainable = (SUMS[name] for name in ("D", "K", "RECORDS", "TASK", "trainable"))
+ROWS = st.lists(RECORDS, min_size=1, max_size=5)
 
 
 class Wide:
@@ -41,37 +32,17 @@ class Wide:
 
 
 def clipped_sum(path, values, targets, c):
-    for p in path.parameters:
-        p.summed_grad = None
-    path.begin(Wide(values), targets, c)
-    if len(targets):
-        path.add_rows(slice(0, len(targets)))
-    path.end()
-    return torch.cat(
-        [(torch.zeros_like(p) if p.summed_grad is None else p.summed_grad).detach().flatten() for p in path.parameters]
-    )
+    return SUMS["clipped_sum"](path, Wide(values), targets, c)
 
 
 def largest_move(path, rows, c, dtype):
     """Most that leaving out one of the rows moves the sum."""
-    values = torch.tensor([row for row, _ in rows], dtype=dtype)
-    targets = torch.tensor([label for _, label in rows])
-    whole = clipped_sum(path, values, targets, c)
-    assert whole.isfinite().all()
-    moves = []
-    for i in range(len(rows)):
-        keep = torch.arange(len(rows)) != i
-        moves.append((whole - clipped_sum(path, values[keep], targets[keep], c)).norm().item())
-    return max(moves)
 
+    def sum_of(kept):
+        values = torch.tensor([row for row, _ in kept], dtype=dtype).reshape(-1, D)
+        return clipped_sum(path, values, torch.tensor([label for _, label in kept], dtype=torch.int64), c)
 
-def trainable(head, normalize, dtype):
-    torch.manual_seed(3)
-    made = Trainable(None, normalize, HEADS[head]()).to(dtype)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.mul_(3)
-    return made
+    return SUMS["largest_move"](rows, sum_of)
 
 
 @pytest.mark.parametrize(

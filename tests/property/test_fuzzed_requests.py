@@ -1,211 +1,39 @@
 """Whatever is asked of a deployed holder: a fixed refusal that cost nothing, or a release that was charged before."""
 
-import hashlib
 import json
-import math
 from dataclasses import replace
 from fractions import Fraction
-from itertools import count
 from pathlib import Path
 from runpy import run_path
 
-import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, RecordDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedhead.client import admission as client_admission
 from fedhead.client import app as client_app
-from fedhead.client import workplace
 from fedhead.client.admission import Admission, Admitted
 from fedhead.client.training import Trainer
 from fedhead.common import protocol, refusals
+from fedhead.common.errors import Refused
 from fedhead.common.npy import read_npy
-from fedhead.common.privacy.ledger import Ledger
 from fedhead.common.privacy.ledger import admission as ledger_admission
 from fedhead.common.refusals import TEXTS
 
-HOLDER, EPSILON, DELTA = "st-mary", 3.0, 1e-5
-ODD = run_path(str(Path(__file__).with_name("odd_requests.py")))
+BENCH = run_path(str(Path(__file__).with_name("request_bench.py")))
+ODD, MOST = BENCH["ODD"], BENCH["MOST"]
 ANY, FIELDS, HEADS, MARKS, MISSING, RECORDS = (
     ODD[name] for name in ("ANY", "FIELDS", "HEADS", "MARKS", "MISSING", "RECORDS")
 )
-Step, array, head, honest, spelled, steps = (
-    ODD[name] for name in ("Step", "array", "head", "honest", "spelled", "steps")
+Raw, Step, countable, counts, foreseen, number, spelled, steps = (
+    ODD[name] for name in ("Raw", "Step", "countable", "counts", "foreseen", "number", "spelled", "steps")
 )
-LIMITS = """noise_multiplier_min = 1.5
-clipping_norm_max = 1.0
-exact_noise_seconds = 0.0
-release = { metrics = true, metrics_noise_multiplier_min = 10.0 }"""
-
-
-def mu_squared_of(epsilon, delta):
-    """The largest mu^2 of a Gaussian mechanism with this guarantee (Balle and Wang 2018), found by halving."""
-
-    def phi(x):
-        return math.erfc(-x / math.sqrt(2)) / 2
-
-    low, high = 0.0, 10.0
-    for _ in range(200):
-        mu = (low + high) / 2
-        spent = phi(mu / 2 - epsilon / mu) - math.exp(epsilon) * phi(-mu / 2 - epsilon / mu)
-        low, high = (mu, high) if spent <= delta else (low, mu)
-    return high**2
-
-
-MOST = mu_squared_of(EPSILON, DELTA)
-
-
-class Bench:
-    """One holder with a new ledger for every example, and what must be true after every message."""
-
-    def __init__(self, holder, folder):
-        self.holder, self.folder, self.numbers, self.early = holder, folder, count(), []
-        assert holder.ask(backbone="0" * 64).error.code == refusals.OTHER_MODEL  # opens the workplace
-        self.good = json.loads(holder.request().model_dump_json())
-        real = Trainer.round
-
-        def watched(trainer, *args):
-            last = [*self.ledger.entries()][-1]
-            self.rounds.append(last.digest)
-            if last.kind != "reserve" or last.digest != self.asked:
-                self.early.append(last.kind)
-            return real(trainer, *args)
-
-        self.watched = watched
-
-    def fresh(self):
-        """A ledger of its own for an example, and nothing granted."""
-        ((key, place),) = workplace._WORKPLACES.items()
-        old = place.admission
-        old.close()
-        self.ledger = Ledger(self.folder / f"ledger-{next(self.numbers)}.sqlite")
-        admission = Admission(self.ledger, old.limits, old.budget, old.fingerprints)
-        workplace._WORKPLACES[key] = replace(place, admission=admission)
-        self.granted, self.rounds, self.kept, self.asked = Fraction(0), [], {}, ""
-        self.early.clear()
-
-    def mark(self, kind):
-        entries = [*self.ledger.entries(HOLDER)]
-        hashes = {
-            "last": (entries[-1].sequence, entries[-1].hash), "first": (1, entries[0].hash),
-            "unknown": (entries[-1].sequence + 1, "0" * 64), "older": (entries[-1].sequence, "1" * 64),
-            "zero": (0, "0" * 64), "negative": (-1, "0" * 64), "large": (2**63, "0" * 64), "short": (1, "0" * 63),
-            "texts": ("1", "0" * 64), "no hash": (1, 1),
-        }  # fmt: skip
-        if kind == "arrays":
-            return ArrayRecord({"sequence": array(np.zeros(1))})
-        sequence, hashed = hashes[kind]
-        return ConfigRecord({"sequence": sequence, "hash": hashed})
-
-    def message(self, step):
-        text = spelled({**self.good, **step.changes})
-        requests = {
-            "request is a number": 7, "request is bytes": text.encode(), "request is a list": [text, text],
-            "request is long": text + " " * 10**6 + "x", "two requests": text * 2,
-        }  # fmt: skip
-        config = {"request": requests.get(step.records, text)}
-        content = {
-            protocol.ARRAYS: head(step.head),
-            protocol.CONFIG: ConfigRecord({} if step.records == "no request" else config),
-        }
-        if step.records == "arrays as config":
-            content[protocol.ARRAYS] = ConfigRecord({"head.weight": 1.0})
-        elif step.records == "config as metrics":
-            content[protocol.CONFIG] = MetricRecord({"request": 1})
-        elif step.records == "extra record":
-            content["extra"] = ConfigRecord({"command": "rm"})
-        elif step.records in ("no arrays", "no config"):
-            del content[step.records.removeprefix("no ")]
-        if step.mark != "none":
-            content[protocol.LEDGER] = self.mark(step.mark)
-        message = self.holder.message(self.holder.request())
-        message = Message(RecordDict({} if step.records == "nothing" else content), dst_node_id=2, message_type="train")
-        return text, message
-
-    def play(self, step):
-        """Send a message and hold the holder to everything that it promises."""
-        text, message = self.message(step)
-        before, trained = [*self.ledger.entries()], len(self.rounds)
-        try:
-            self.asked = protocol.read_request(message).digest
-        except Exception:
-            self.asked = ""
-        reply = self.holder.send(message)
-        new = [*self.ledger.entries()][len(before) :]
-        assert self.early == []  # no noise was drawn before its charge was in the file
-        if reply.has_error():
-            code = reply.error.code
-            assert reply.error.reason == json.dumps({"holder": HOLDER, "text": TEXTS[code]})
-            if code == refusals.TRAINING_FAILED:  # a round that was charged, and no other fault of ours
-                assert [entry.kind for entry in new if entry.of is None] == ["reserve"]
-                self.charge(json.loads(text))
-            else:
-                assert code != refusals.NO_LEDGER
-                assert new == []
-                assert len(self.rounds) == trained
-        else:
-            assert step.records in ("all", "extra record")
-            assert step.head in ("zeros", "ones")
-            assert step.mark in ("none", "last", "first")
-            self.released(json.loads(text), reply, new, trained)
-        self.totals()
-        return reply
-
-    def released(self, fields, reply, new, trained):
-        content = reply.content
-        assert honest(fields, self.holder.backbone)
-        notes = dict(content[protocol.RELEASE].items())
-        wanted = {"holder", "event"} | ({"correct"} if fields.get("metrics_noise") is not None else set())
-        assert set(notes) == wanted
-        assert set(content) == {protocol.ARRAYS, protocol.METRICS, protocol.RELEASE, protocol.LEDGER}
-        assert dict(content[protocol.METRICS]) == {protocol.WEIGHT: fields["declared_records"]}
-        assert json.loads(notes["event"]) == {
-            "schema": 1, "mechanism": "full-batch", "noise_multiplier": fields["noise_multiplier"],
-            "clipping_norm": fields["clipping_norm"], "steps": fields["local_steps"],
-        }  # fmt: skip
-        shapes = {name: value.numpy().shape for name, value in content[protocol.ARRAYS].items()}
-        assert shapes == {"head.weight": (10, 64), "head.bias": (10,)}
-        assert protocol.read_mark(reply) == self.ledger.mark(HOLDER)
-        bytes_ = protocol.pack(content)
-        if len(self.rounds) == trained:  # asked before: the very same bytes, and nothing spent
-            assert self.kept[fields["run"]] == (self.asked, bytes_)
-            assert new == []
-            return
-        self.charge(fields)
-        self.kept[fields["run"]] = self.asked, bytes_
-        assert [entry.kind for entry in new] == ["reserve"] * (len(wanted) - 1) + ["release"]
-        assert {entry.digest for entry in new} == {self.asked}
-        assert new[-1].payload_digest == hashlib.sha256(bytes_).hexdigest()
-
-    def charge(self, fields):
-        self.granted += Fraction(fields["local_steps"]) / Fraction(fields["noise_multiplier"]) ** 2
-        if fields.get("metrics_noise") is not None:
-            self.granted += 1 / Fraction(fields["metrics_noise"]) ** 2
-
-    def totals(self):
-        """What the ledger says is spent is what was granted, added up exactly and by another way, and within budget."""
-        mine = [entry for entry in self.ledger.entries(HOLDER) if entry.domain == "wards"]
-        spent = Fraction(mine[-1].domain_mu_squared)
-        assert self.granted <= spent <= self.granted * Fraction(1 + 1e-9)
-        assert spent <= Fraction(MOST * (1 + 1e-12))
-
-    def play_all(self, asked):
-        for step in asked:
-            self.play(step)
-
-    def usable(self):
-        """A good request afterwards is answered, whatever came before it."""
-        reply = self.play(Step({"run": "afterwards", "noise_multiplier": 5000.0}))
-        assert not reply.has_error() or reply.error.code == refusals.BEYOND_BUDGET
-        if self.granted < Fraction(MOST) - Fraction(1, 10**6):
-            assert not reply.has_error()
-        self.ledger.verify()
 
 
 @pytest.fixture
 def bench(deployed, tmp_path, monkeypatch):
-    made = Bench(deployed(limits=LIMITS, changes={"metrics": {"every": 1}}), tmp_path)
+    made = BENCH["Bench"](deployed(limits=BENCH["LIMITS"], changes={"metrics": {"every": 1}}), tmp_path)
     monkeypatch.setattr(Trainer, "round", made.watched)
     return made
 
@@ -236,6 +64,86 @@ def test_every_other_part_of_a_message(bench, part):
     for number, kind in enumerate(kinds):
         bench.play(Step({"round": number + 1}, **{part: kind}))
     bench.usable()
+
+
+def expected_code(bench, changes):
+    """The answer to a good request with other counts, by the rules of `odd_requests` and exact sums; 0 is a release.
+
+    Two answers where the sum is within rounding of the budget.
+    """
+    try:
+        fields = json.loads(spelled({**bench.good, **changes}))
+    except (ValueError, RecursionError):
+        return {refusals.INVALID_REQUEST}
+    planned, asked = fields.get("plan_counts"), fields.get("metrics_noise")
+    if not (planned is None or countable(planned)) or not (asked is None or number(asked, 5e-324, 2**25)):
+        return {refusals.INVALID_REQUEST}
+    if asked is not None and asked < 10:
+        return {refusals.NO_METRICS}
+    cost = bench.granted + 1 / Fraction(fields["noise_multiplier"]) ** 2 + foreseen(fields)
+    cost += 0 if asked is None else 1 / Fraction(asked) ** 2
+    return {
+        refusals.BEYOND_BUDGET if cost > Fraction(MOST * bound) else 0 for bound in (1 - 1e-12, 1 + 1e-12)
+    }  # fmt: skip
+
+
+def play_counts(bench, changes, run):
+    changes = {"run": run, "noise_multiplier": 20.0, **changes}
+    expected = expected_code(bench, changes)
+    reply = bench.play(Step(changes))
+    assert (reply.error.code if reply.has_error() else 0) in expected
+
+
+@FUZZ
+@given(asked=st.lists(counts(), min_size=3, max_size=9))
+def test_whatever_counts_are_planned_and_asked(bench, asked):
+    bench.fresh()
+    for place, changes in enumerate(asked):
+        play_counts(bench, changes, f"run-{place}")
+    bench.usable()
+
+
+@pytest.mark.parametrize("name", ["number", "noise_multiplier", "surprise", "metrics_noise"])
+def test_every_number_of_counts_with_every_value(bench, name):
+    bench.fresh()
+    for place, value in enumerate([*ANY, MISSING]):
+        plan = {"number": 4, "noise_multiplier": 50.0, "metrics_noise": 50.0, name: value}
+        asked = plan.pop("metrics_noise")
+        play_counts(bench, {"plan_counts": Raw(spelled(plan)), "metrics_noise": asked}, f"run-{place}")
+    bench.usable()
+
+
+@settings(FUZZ, max_examples=300)
+@given(changes=counts())
+def test_numbers_of_counts_arrive_as_they_were_sent_or_not_at_all(bench, changes):
+    text, message = bench.message(Step(changes))
+    try:
+        request = protocol.read_request(message).request
+    except Refused as refused:
+        answer = refused.code, str(refused)
+        request = None
+    if request is None:
+        assert answer == (refusals.INVALID_REQUEST, TEXTS[refusals.INVALID_REQUEST])
+        return
+    sent, found = json.loads(text), request.plan_counts
+    number, noise, asked = (
+        sent["plan_counts"]["number"],
+        sent["plan_counts"]["noise_multiplier"],
+        sent.get("metrics_noise"),
+    )
+    assert type(number) is int
+    assert {type(noise), type(asked)} <= {int, float, type(None)}
+    # a whole number of more than 53 bits is rounded, as every float is
+    assert (number, float(noise)) == (found.number, found.noise_multiplier)
+    assert (None if asked is None else float(asked)) == request.metrics_noise
+
+
+def test_counts_are_planned_only_where_a_round_is_noised(deployed):
+    holder = deployed(limits='units = ["holder"]', changes={"unit": "holder"})
+    plan = {"number": 1, "noise_multiplier": 50.0}
+    reply = holder.ask(mechanism="none", unit="holder", plan_counts=plan)
+    assert reply.error.code == refusals.INVALID_REQUEST
+    assert not holder.ask(mechanism="none", unit="holder").has_error()
 
 
 def test_a_context_that_can_not_be_opened_is_refused(bench):
@@ -308,6 +216,19 @@ def no_budget(monkeypatch):
     monkeypatch.setattr(ledger_admission, "admits", lambda *_: None)
 
 
+def read_loosely(monkeypatch):
+    """Takes a text for a number, and a whole number for any other."""
+    monkeypatch.setattr(protocol, "_parse", lambda text: protocol.RoundRequest.model_validate_json(text, strict=False))
+
+
+def foresee_nothing(monkeypatch):
+    monkeypatch.setattr(client_admission, "foreseen", lambda _: ())
+
+
+def any_noise(monkeypatch):
+    monkeypatch.setattr(client_app, "MOST_NOISE", 1e308)
+
+
 @pytest.mark.parametrize(
     ("twin", "asked"),
     [
@@ -319,6 +240,12 @@ def no_budget(monkeypatch):
         (draw_again, [Step({}), Step({})]),
         (tell_why, [Step({"round": "patient 4711"})]),
         (trust_headers, [Step({}, head="open bracket")]),
+        (read_loosely, [Step({"plan_counts": {"number": "4", "noise_multiplier": 50.0}})]),
+        (read_loosely, [Step({"plan_counts": {"number": True, "noise_multiplier": 50.0}})]),
+        (read_loosely, [Step({"metrics_noise": "50"})]),
+        (foresee_nothing, [Step({"plan_counts": {"number": 100_000, "noise_multiplier": 50.0}})]),
+        (foresee_nothing, [Step({"plan_steps": 1000})]),
+        (any_noise, [Step({"plan_counts": {"number": 1, "noise_multiplier": 2.0**25 + 8}})]),
         (no_budget, [Step({"round": number, "noise_multiplier": 1.5}) for number in (1, 2)]),
     ],
 )

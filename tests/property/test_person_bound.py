@@ -1,5 +1,8 @@
 """Adding or removing one person, with any number of records, moves the clipped sum by at most the clipping norm."""
 
+from pathlib import Path
+from runpy import run_path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,24 +13,11 @@ from fedhead.client.gradients import ClosedForm
 from fedhead.client.hooked import Ghost
 from fedhead.client.paths import make_path
 from fedhead.client.persons import PersonRows
-from fedhead.common.config.schema import TaskSettings
 from fedhead.common.features import FeatureSet
-from fedhead.common.models.trainable import Trainable
-from fedhead.common.tasks.classification import Classification
 
-D, K = 4, 3
-TASK = Classification(TaskSettings(labels=list("abc")))
-NUMBERS = st.one_of(
-    st.floats(-10, 10, width=32),
-    st.sampled_from([0.0, float("nan"), float("inf"), float("-inf"), 1e30, -1e30, 3e38, 1e-40, 1e19, 1e17, -1e17]),
-)
-RECORDS = st.tuples(st.lists(NUMBERS, min_size=D, max_size=D), st.integers(0, K - 1))
+SUMS = run_path(str(Path(__file__).with_name("bounded_sums.py")))
+D, RECORDS, TASK, trainable = (SUMS[name] for name in ("D", "RECORDS", "TASK", "trainable"))
 PERSONS = st.lists(st.lists(RECORDS, min_size=1, max_size=9), min_size=1, max_size=4)
-HEADS = {
-    "linear": lambda: nn.Linear(D, K),
-    "no bias": lambda: nn.Linear(D, K, bias=False),
-    "mlp": lambda: nn.Sequential(nn.Linear(D, 5), nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, K)),
-}
 
 
 def arranged(persons):
@@ -42,32 +32,12 @@ def arranged(persons):
 
 
 def clipped_sum(path, persons, c):
-    for p in path.parameters:
-        p.summed_grad = None
-    path.begin(*arranged(persons), c)
-    if persons:
-        path.add_rows(slice(0, len(persons)))
-    path.end()
-    return torch.cat(
-        [(torch.zeros_like(p) if p.summed_grad is None else p.summed_grad).detach().flatten() for p in path.parameters]
-    )
+    return SUMS["clipped_sum"](path, *arranged(persons), c)
 
 
 def largest_move(path, persons, c):
     """Most that leaving out one of the persons moves the sum."""
-    whole = clipped_sum(path, persons, c)
-    assert whole.isfinite().all()
-    moves = [whole - clipped_sum(path, persons[:i] + persons[i + 1 :], c) for i in range(len(persons))]
-    return max(move.norm().item() for move in moves)
-
-
-def trainable(head, normalize, dtype):
-    torch.manual_seed(3)
-    made = Trainable(None, normalize, HEADS[head]()).to(dtype)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.mul_(3)
-    return made
+    return SUMS["largest_move"](persons, lambda kept: clipped_sum(path, kept, c))
 
 
 @pytest.mark.parametrize(

@@ -52,20 +52,9 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def fedhead(here, monkeypatch, capsys):
-    """Run the command in this process: (status, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fedhead", *arguments])
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as caught:
-                main()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        return caught.value.code or 0, *capsys.readouterr()
-
-    return run
+def fedhead(here, fedhead):
+    """The command in that folder."""
+    return fedhead
 
 
 def start(*arguments, **options):

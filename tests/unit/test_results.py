@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, replace
@@ -192,6 +193,25 @@ def test_written_files_have_ordinary_permissions(tmp_path: Path) -> None:
     write_aside(tmp_path / "a", b"x")
     (tmp_path / "b").write_bytes(b"x")
     assert os.stat(tmp_path / "a").st_mode == os.stat(tmp_path / "b").st_mode
+
+
+def test_a_durable_write_flushes_the_folder_after_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    replace_, fsync = os.replace, os.fsync
+
+    def renamed(*names: Path) -> None:
+        replace_(*names)
+        done.append("rename")
+
+    def flushed(handle: int) -> None:
+        fsync(handle)
+        done.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+
+    monkeypatch.setattr(results.os, "replace", renamed)
+    monkeypatch.setattr(results.os, "fsync", flushed)
+    write_aside(tmp_path / "a", b"x", 0o600, durable=True)
+    assert done == ["file", "rename", "folder"]
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600
 
 
 def test_reading_a_result_needs_no_torch() -> None:

@@ -3,38 +3,16 @@
 import json
 import math
 import re
-import signal
-import sys
 
 import pytest
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from fedhead.cli import main
 from fedhead.common.privacy.accounting import epsilon
 from fedhead.common.privacy.events import CountEvent, GaussianEvent, NoPrivacyEvent, PoissonEvent, from_json
 from fedhead.common.privacy.filters import Terms
 from fedhead.common.privacy.ledger import Ledger, LedgerError, Plan, Reservation, verify_statement
 from fedhead.simulations.budgets import read_budgets
-
-
-@pytest.fixture
-def fedhead(tmp_path, monkeypatch, capsys):
-    """Run the command in this process: (status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("FEDHEAD_DEBUG", raising=False)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fedhead", *arguments])
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as caught:
-                main()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        return caught.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 def ledger(folder, name="ledger.sqlite"):

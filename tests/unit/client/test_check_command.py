@@ -4,14 +4,12 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 
 import pytest
 from scipy.stats import norm
 
-from fedhead.cli import main
 from fedhead.client.checking import check_holder
 from fedhead.client.holder import load_holder
 from fedhead.common.privacy.events import GaussianEvent
@@ -48,20 +46,9 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def fedhead(here, monkeypatch, capsys):
-    """Run the command in this process: (status, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fedhead", *arguments])
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as caught:
-                main()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        return caught.value.code or 0, *capsys.readouterr()
-
-    return run
+def fedhead(here, fedhead):
+    """The command in that folder."""
+    return fedhead
 
 
 def change(here, old: str, new: str) -> None:

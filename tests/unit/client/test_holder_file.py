@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from fedhead.client.holder import HolderFile, load_holder, make_holder
-from fedhead.common.config.reference import tables_of
+from fedhead.common.config.tables import tables_of
 from fedhead.common.errors import ConfigError
 
 PAGE = Path(__file__).parents[3] / "docs" / "holder.md"

@@ -193,8 +193,21 @@ def test_bad_overrides_are_one_line(tmp_path: Path, override: str):
     assert len(caught.value.faults) == 1
 
 
+@pytest.mark.parametrize("value", ["[" * 5000, "1" + "0" * 5000])
+def test_an_override_beyond_all_bounds_is_one_line(value: str):
+    with pytest.raises(ConfigError) as caught:
+        find_recipe("quickstart", [f"privacy.epsilon={value}"])
+    (line,) = caught.value.faults
+    assert line.startswith("privacy.epsilon is ")
+    assert len(line) < 300
+
+
 def test_files_that_are_no_recipe(tmp_path: Path):
-    for name, content in (("missing.toml", None), ("broken.toml", b"[task"), ("binary.toml", b"\xff\xfe\x00")):
+    contents = {
+        "missing.toml": None, "broken.toml": b"[task", "binary.toml": b"\xff\xfe\x00",
+        "deep.toml": b"a = " + b"[" * 5000, "long.toml": b"a = 1" + b"0" * 5000,
+    }  # fmt: skip
+    for name, content in contents.items():
         path = tmp_path / name
         if content is not None:
             path.write_bytes(content)

@@ -13,13 +13,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
 from fedhead.client.paths import make_path
-from fedhead.common.config.schema import LinearHead, ModelSettings, TaskSettings
+from fedhead.common.config.schema import ModelSettings, TaskSettings
 from fedhead.common.errors import ModelError
 from fedhead.common.features import FeatureSet
 from fedhead.common.models import encoders, modules, vision
 from fedhead.common.models.backbones import Backbone, assemble
 from fedhead.common.models.cut import LeafAttention
-from fedhead.common.models.heads import make_head
 from fedhead.common.models.images import ImagePipeline, VectorPipeline
 from fedhead.common.models.network import Network
 from fedhead.common.models.pipelines import TextPipeline
@@ -142,14 +141,6 @@ def inputs(backbone: Backbone) -> list:
     if backbone.kind == "vector":
         return list(random.normal(size=(4, 6)))
     return list(random.integers(0, 256, (4, 40, 48, 3), dtype=np.uint8))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -318,36 +309,3 @@ def test_tail_with_layers_that_opacus_does_not_know():
     network = modules.as_network(net, "module:a.b:c", "vector", VectorPipeline(6))
     with pytest.raises(ModelError, match=r"PReLU.*unfreeze fewer blocks"):
         assemble(network, ModelSettings(backbone="module:a.b:c", unfreeze=2))
-
-
-def test_trainable_without_tail_normalises_and_travels_small():
-    head = make_head(LinearHead(), 5, 3)
-    nn.init.normal_(head.weight)
-    trainable = Trainable(None, True, head)
-    values = torch.randn(4, 5)
-    torch.testing.assert_close(trainable(values), head(values / values.norm(dim=1, keepdim=True)))
-    torch.testing.assert_close(trainable(values * 1000), trainable(values))
-    assert torch.isfinite(trainable(torch.zeros(1, 5))).all()
-    assert list(trainable.trained()) == ["head.weight", "head.bias"]
-    assert trainable(torch.randn(2, 7, 5)).shape == (2, 7, 3)  # a sequence of feature vectors a record
-
-
-def test_dropout_of_the_head_trains_and_its_batchnorm_does_not():
-    trainable = Trainable(None, False, nn.Sequential(nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 2)))
-    norm, dropout, linear = trainable.head
-    assert (norm.training, dropout.training, linear.training) == (False, True, True)
-    trainable.eval()
-    assert not any(module.training for module in trainable.modules())
-    assert unsupported_leaves(trainable) == ["head.0 (BatchNorm1d)"]
-
-
-def test_channels_last_values_give_the_same_gradients():
-    """Opacus's own convolution sampler would give other ones: it takes the contiguous layout for granted."""
-    trainable = Trainable(None, True, nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(64, 2)))
-    values = torch.randn(5, 4, 4, 3).permute(0, 3, 1, 2)
-    samples = []
-    for batch in (values, values.contiguous()):
-        hooked = GradSampleModule(copy.deepcopy(trainable), loss_reduction="sum")
-        hooked(batch).square().sum().backward()
-        samples.append(hooked._module.head[0].weight.grad_sample)
-    torch.testing.assert_close(samples[0], samples[1])

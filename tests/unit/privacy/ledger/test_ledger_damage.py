@@ -5,35 +5,17 @@ import shutil
 import signal
 import sqlite3
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
 from fedhead.common.errors import FedheadError
-from fedhead.common.privacy.events import GaussianEvent
-from fedhead.common.privacy.filters import Terms
-from fedhead.common.privacy.ledger import Granted, Ledger, LedgerError, Mark, Reservation, reading
+from fedhead.common.privacy.ledger import Granted, Ledger, LedgerError, Mark, reading
 from fedhead.common.privacy.ledger.files import OBJECTS
 from fedhead.common.privacy.ledger.state import State
 
-ONE = GaussianEvent(10.0, 1.0, 1)
-ROUNDS = 6  # of the seven that the budget admits
-
-
-def want(round: int, run: str = "run") -> Reservation:
-    return Reservation("ann", "notes", run, round, f"digest-{round}", ONE, "record", "f0", "os")
-
-
-def fill(ledger: Ledger, rounds: int = ROUNDS) -> Mark:
-    ledger.declare("ann", "notes", Terms(1.0, 1e-5))
-    for round in range(rounds):
-        (granted,) = ledger.reserve([want(round)])
-        ledger.release([("ann", granted.sequence, b"payload" * 20)])
-    return ledger.mark("ann")
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "state" / "ledger.sqlite"
+SHARED = run_path(str(Path(__file__).with_name("reservations.py")))
+ROUNDS, fill, want = (SHARED[name] for name in ("ROUNDS", "fill", "want"))
 
 
 # -------------------------------------------------------------------------------------------------------------- damage

@@ -3,10 +3,11 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
-from fedhead.common.privacy.events import GaussianEvent, PoissonEvent
+from fedhead.common.privacy.events import PoissonEvent
 from fedhead.common.privacy.filters import Terms, charge_of
 from fedhead.common.privacy.ledger import (
     Declaration,
@@ -19,39 +20,11 @@ from fedhead.common.privacy.ledger import (
     Reservation,
 )
 
-ONE = GaussianEvent(10.0, 1.0, 1)  # costs 0.01 of mu squared
-TERMS = Terms(1.0, 1e-5)  # mu squared 0.0718...: seven of them
-
-
-def want(round: int = 1, **changes) -> Reservation:
-    base = Reservation("ann", "notes", "run", round, f"digest-{round}", ONE, "record", "f0", "os")
-    return replace(base, **changes)
-
-
-@pytest.fixture
-def ledger(tmp_path: Path):
-    with Ledger(tmp_path / "state" / "ledger.sqlite") as made:
-        made.declare("ann", "notes", TERMS)
-        yield made
-
-
-def one(ledger: Ledger, wanted: Reservation):
-    (found,) = ledger.reserve([wanted])
-    return found
-
-
-def total(ledger: Ledger, domain: str = "notes", holder: str = "ann") -> float:
-    return ledger.standing(holder)[1][domain].mu_squared
-
-
-def kinds(ledger: Ledger) -> list[str]:
-    return [entry.kind for entry in ledger.entries()]
+SHARED = run_path(str(Path(__file__).with_name("reservations.py")))
+PLAN, POISSON, TERMS, kinds, one, want = (SHARED[name] for name in ("PLAN", "POISSON", "TERMS", "kinds", "one", "want"))
 
 
 # --------------------------------------------------------------------------------------------------------------- plans
-
-POISSON = PoissonEvent(1.0, 1.0, 0.01, 20)
-PLAN = Plan(POISSON, 1e-6)
 
 
 def sampled(round: int, steps: int = 5, **changes) -> Reservation:

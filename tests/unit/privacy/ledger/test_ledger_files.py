@@ -11,33 +11,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
 from fedhead.common.failpoints import FAILPOINTS, installed
-from fedhead.common.privacy.events import GaussianEvent
 from fedhead.common.privacy.filters import Terms
-from fedhead.common.privacy.ledger import Granted, Ledger, LedgerError, Mark, Reservation
+from fedhead.common.privacy.ledger import Granted, Ledger, LedgerError
 
-ONE = GaussianEvent(10.0, 1.0, 1)
-ROUNDS = 6  # of the seven that the budget admits
-
-
-def want(round: int, run: str = "run") -> Reservation:
-    return Reservation("ann", "notes", run, round, f"digest-{round}", ONE, "record", "f0", "os")
-
-
-def fill(ledger: Ledger, rounds: int = ROUNDS) -> Mark:
-    ledger.declare("ann", "notes", Terms(1.0, 1e-5))
-    for round in range(rounds):
-        (granted,) = ledger.reserve([want(round)])
-        ledger.release([("ann", granted.sequence, b"payload" * 20)])
-    return ledger.mark("ann")
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "state" / "ledger.sqlite"
+SHARED = run_path(str(Path(__file__).with_name("reservations.py")))
+fill, want = (SHARED[name] for name in ("fill", "want"))
 
 
 def files(path: Path) -> list[str]:

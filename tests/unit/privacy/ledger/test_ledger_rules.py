@@ -1,14 +1,14 @@
 """What a ledger admits: repeats, order, retries, Poisson plans, metrics, domains, marks."""
 
 import math
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
 from fedhead.common.errors import InputError
-from fedhead.common.privacy.events import CountEvent, GaussianEvent, NoPrivacyEvent, PoissonEvent
+from fedhead.common.privacy.events import CountEvent, GaussianEvent, NoPrivacyEvent
 from fedhead.common.privacy.filters import Terms
 from fedhead.common.privacy.ledger import (
     Declaration,
@@ -18,36 +18,12 @@ from fedhead.common.privacy.ledger import (
     LedgerError,
     Plan,
     Repeated,
-    Reservation,
 )
 
-ONE = GaussianEvent(10.0, 1.0, 1)  # costs 0.01 of mu squared
-TERMS = Terms(1.0, 1e-5)  # mu squared 0.0718...: seven of them
-
-
-def want(round: int = 1, **changes) -> Reservation:
-    base = Reservation("ann", "notes", "run", round, f"digest-{round}", ONE, "record", "f0", "os")
-    return replace(base, **changes)
-
-
-@pytest.fixture
-def ledger(tmp_path: Path):
-    with Ledger(tmp_path / "state" / "ledger.sqlite") as made:
-        made.declare("ann", "notes", TERMS)
-        yield made
-
-
-def one(ledger: Ledger, wanted: Reservation):
-    (found,) = ledger.reserve([wanted])
-    return found
-
-
-def total(ledger: Ledger, domain: str = "notes", holder: str = "ann") -> float:
-    return ledger.standing(holder)[1][domain].mu_squared
-
-
-def kinds(ledger: Ledger) -> list[str]:
-    return [entry.kind for entry in ledger.entries()]
+SHARED = run_path(str(Path(__file__).with_name("reservations.py")))
+PLAN, POISSON, TERMS, kinds, one, total, want = (
+    SHARED[name] for name in ("PLAN", "POISSON", "TERMS", "kinds", "one", "total", "want")
+)
 
 
 def test_seven_fit_and_the_eighth_does_not(ledger: Ledger):
@@ -250,10 +226,6 @@ def test_a_domain_without_terms_admits_everything(ledger: Ledger):
     assert ledger.verify() == 3
     with Ledger(ledger.path) as again:
         assert math.isinf(total(again, holder="bob"))
-
-
-POISSON = PoissonEvent(1.0, 1.0, 0.01, 20)
-PLAN = Plan(POISSON, 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,26 @@ if TYPE_CHECKING:
     from fedhead.common.config import make_config as make_config
     from fedhead.common.models.saved import load_model as load
     from fedhead.common.results import Result as Result
+    from fedhead.simulations.audit.ledgers import audit_ledgers as audit_ledgers
+    from fedhead.simulations.audit.mechanism import audit_mechanism as audit_mechanism
+    from fedhead.simulations.audit.membership import audit_membership as audit_membership
+    from fedhead.simulations.plans import of_recipe as plan
     from fedhead.simulations.simulate import simulate as simulate
 
 __version__ = "0.1.0"
-__all__ = ["Result", "RunConfig", "__version__", "find_recipe", "load", "make_config", "simulate"]
+__all__ = [
+    "Result",
+    "RunConfig",
+    "__version__",
+    "audit_ledgers",
+    "audit_mechanism",
+    "audit_membership",
+    "find_recipe",
+    "load",
+    "make_config",
+    "plan",
+    "simulate",
+]
 
 # Flower's and the hub's libraries call home and print banners unless told otherwise before they are imported.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -38,6 +54,10 @@ _LAZY = {
     "find_recipe": ("fedhead.common.config", "find_recipe"),
     "make_config": ("fedhead.common.config", "make_config"),
     "load": ("fedhead.common.models.saved", "load_model"),
+    "audit_ledgers": ("fedhead.simulations.audit.ledgers", "audit_ledgers"),
+    "audit_mechanism": ("fedhead.simulations.audit.mechanism", "audit_mechanism"),
+    "audit_membership": ("fedhead.simulations.audit.membership", "audit_membership"),
+    "plan": ("fedhead.simulations.plans", "of_recipe"),
     "simulate": ("fedhead.simulations.simulate", "simulate"),
 }
 

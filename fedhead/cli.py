@@ -6,7 +6,6 @@ Heavy imports happen inside the commands: `fedhead --help` must not import torch
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -17,7 +16,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from fedhead import __version__
+from fedhead.audit_cli import audit
 from fedhead.common.errors import FedheadError, InputError
+from fedhead.output import JsonOption, SetOption, emit
 
 app = typer.Typer(
     name="fedhead",
@@ -27,12 +28,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(audit, name="audit")
+
 OutOption = Annotated[Path | None, typer.Option("--out", help="Folder of the results. Default: a new one under runs/.")]
 StateOption = Annotated[Path | None, typer.Option("--state", help="Folder that keeps the holders between runs.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; KEY= takes it out.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command()
@@ -93,9 +92,9 @@ def simulate(
                 progress_listener=listener,
             )
     if seeds is not None:
-        _emit(summary, as_json, lambda: console.show_seeds(summary))
+        emit(summary, as_json, lambda: console.show_seeds(summary))
     else:
-        _emit(result.to_dict(), as_json, lambda: console.show_result(result, result.folder or Path()))
+        emit(result.to_dict(), as_json, lambda: console.show_result(result, result.folder or Path()))
 
 
 @app.command()
@@ -153,7 +152,7 @@ def plan(
         from fedhead.simulations.plan_plot import draw_plan
 
         draw_plan(plot, found, plans.curves(found, config))
-    _emit(found, as_json, lambda: console.show_plan(found))
+    emit(found, as_json, lambda: console.show_plan(found))
 
 
 @app.command()
@@ -162,7 +161,7 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")], as
     from fedhead.simulations.report import write_report
 
     path = write_report(run_dir)
-    _emit({"report": str(path)}, as_json, lambda: typer.echo(str(path)))
+    emit({"report": str(path)}, as_json, lambda: typer.echo(str(path)))
 
 
 @app.command()
@@ -194,7 +193,7 @@ def check(
     from fedhead.client.checking import check_holder, show_report
 
     report = check_holder(holder)
-    _emit(report.to_dict(), as_json, lambda: show_report(report))
+    emit(report.to_dict(), as_json, lambda: show_report(report))
     if not report.good:
         raise typer.Exit(1)
 
@@ -212,7 +211,7 @@ def budget(
     found = read_budgets(ledgers, delta)
     if sign is not None:
         found["statements"] = [str(path) for path in sign_statements(found, sign)]
-    _emit(found, as_json, lambda: show_budgets(found))
+    emit(found, as_json, lambda: show_budgets(found))
 
 
 @app.callback(invoke_without_command=True)
@@ -232,19 +231,7 @@ def _list(recipes: dict[str, Path], as_json: bool) -> None:
         rows[name] = {"summary": first, "file": str(path), "backbone": tomllib.loads(text)["model"]["backbone"]}
     width = max(map(len, rows), default=0)
     lines = [f"{name:<{width}}  {row['summary']}" for name, row in rows.items()]
-    _emit(rows, as_json, lambda: typer.echo("\n".join(lines)))
-
-
-def _emit(found: Any, as_json: bool, show: Any) -> None:
-    try:
-        if as_json:
-            typer.echo(json.dumps(found))
-        else:
-            show()
-        sys.stdout.flush()
-    except (BrokenPipeError, SystemExit):
-        # The reader of a pipe went away (`| head`): nothing is wrong, though rich and typer would make it status 1.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    emit(rows, as_json, lambda: typer.echo("\n".join(lines)))
 
 
 def main() -> NoReturn:

@@ -8,7 +8,7 @@ is asked for, and each Poisson plan's own delta comes on top.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -24,9 +24,8 @@ from fedhead.common.privacy.accounting import Spent
 from fedhead.common.privacy.filters import Totals, spent
 from fedhead.common.privacy.ledger import DomainSummary, Ledger, Mark, RunSummary, load_key, statement
 from fedhead.common.results import write_aside
+from fedhead.simulations.ledger_files import KEY, ledger_files, newest
 
-NAMES: Final = ("ledger.sqlite", "ledgers.sqlite")  # of one holder; of all holders of a simulation
-KEY: Final = "ledger.key"
 DELTA: Final = 1e-5
 _LEGEND: Final = (
     "spent, of, left: epsilon; left: what one more run may cost, not the difference",
@@ -60,14 +59,18 @@ def read_budgets(paths: Sequence[Path], delta: float | None = None) -> dict[str,
     """
     if delta is not None and not 0 < delta < 1:
         raise InputError(f"--delta is {delta}: it must lie between 0 and 1. Give one such as 1e-5.")
-    files = list(dict.fromkeys(file for path in paths for file in _files(path)))
+    files = ledger_files(paths)
     with _Reader() as reader:
         chains: dict[str, list[tuple[Mark, Path]]] = {}
         for file in files:
             ledger = reader.open(file)
             for holder in ledger.holders():
                 chains.setdefault(holder, []).append((ledger.mark(holder), file))
-        kept = [(holder, file) for holder in sorted(chains) for file in _newest(reader, holder, chains[holder])]
+
+        def has(holder: str) -> Callable[[Path, Mark], bool]:
+            return lambda file, mark: reader.open(file).has(holder, mark)
+
+        kept = [(holder, file) for holder in sorted(chains) for file in newest(chains[holder], has(holder))]
         return {
             "domains": [_row(file, one, delta) for holder, file in kept for one in reader.open(file).summary(holder)]
         }
@@ -134,17 +137,6 @@ def show_budgets(found: Mapping[str, Any]) -> None:
         out.print(Text(f"note: {note}"), style="dim")
 
 
-def _files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise InputError(f'LEDGER is "{path}": there is no such file or folder. Name a ledger, or a folder of a run.')
-    if path.is_file():
-        return [path]
-    files = sorted(file for name in NAMES for file in path.rglob(name) if file.is_file())
-    if not files:
-        raise InputError(f'LEDGER is "{path}": there is no ledger below it. Name a ledger, or a folder of a run.')
-    return files
-
-
 class _Reader:
     """Ledgers, one open at a time: a folder may hold thousands."""
 
@@ -164,16 +156,6 @@ class _Reader:
             self._ledger = None
             self._ledger = Ledger(file, create=False, read_only=True)
         return self._ledger
-
-
-def _newest(reader: _Reader, holder: str, chains: list[tuple[Mark, Path]]) -> list[Path]:
-    """The files whose chain of a holder no other one goes on from: a copy of a ledger is not a second spend."""
-    kept: list[Path] = []
-    # The longest first; of equal ones that with all holders, which is then open for the next holder too.
-    for mark, file in sorted(chains, key=lambda chain: (-chain[0].sequence, chain[1].name != NAMES[1], chain[1])):
-        if not any(reader.open(other).has(holder, mark) for other in kept):
-            kept.append(file)
-    return kept
 
 
 def _row(file: Path, one: DomainSummary, delta: float | None) -> dict[str, Any]:

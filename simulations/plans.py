@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from fedhead.common.config import RunConfig
+from fedhead.common.config import RunConfig, find_recipe
 from fedhead.common.errors import InputError
 from fedhead.common.privacy.accounting import pld_epsilon
 from fedhead.common.privacy.planning import MOST_ROUNDS, Mechanism, cost, noise_multiplier_for, rounds_for
@@ -20,12 +20,15 @@ FACTORS: Final = (0.5, 0.7, 1.0, 1.4, 2.0)  # of the plan's noise: the lines of 
 _ANY_UNIT: Final = "record or person (under the unit holder: one step a round)"
 
 
-def of_recipe(config: RunConfig, state: Path | None = None, ledgers: Sequence[Path] = ()) -> dict[str, Any]:
+def of_recipe(
+    recipe: RunConfig | str | Path, state: Path | None = None, ledgers: Sequence[Path] = ()
+) -> dict[str, Any]:
     """The cost of a recipe's run, and what it would leave of each holder's budget.
 
     Parameters
     ----------
-    config : RunConfig
+    recipe : RunConfig, str or path
+        A recipe, its file, or the name of a built-in one.
     state : path, optional
         Folder that keeps the simulated holders between runs: what they have spent counts.
     ledgers : sequence of path
@@ -43,6 +46,7 @@ def of_recipe(config: RunConfig, state: Path | None = None, ledgers: Sequence[Pa
     InputError
         The recipe has no privacy to plan, or no noise reaches its epsilon.
     """
+    config = recipe if isinstance(recipe, RunConfig) else find_recipe(recipe)
     privacy, training, holders = config.privacy, config.training, config.holders
     if privacy.mechanism == "none":
         raise InputError('privacy.mechanism is "none": there is nothing to plan. Set it to "full-batch" or "poisson".')

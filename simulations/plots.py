@@ -24,14 +24,11 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 LABEL_COLOURS: Final = 8
-# Matplotlib knows no CSS variables: each stands in a picture as a colour nobody would choose, exchanged at the end.
-_VARIABLES: Final = {
-    name: f"#0102{number:02x}"
-    for number, name in enumerate(
-        ("ink", "muted", "line", "card", "accent", "plain", "floor", "privacy", *(f"label-{i}" for i in range(8)))
-    )
-}
-_BACK: Final = {colour: f"var(--{name})" for name, colour in _VARIABLES.items()}
+_NAMES: Final = ("ink", "muted", "line", "card", "accent", "plain", "floor", "privacy")
+_LABELS: Final = tuple(f"label-{number}" for number in range(LABEL_COLOURS))
+VARIABLES: Final = {name: f"#0102{number:02x}" for number, name in enumerate((*_NAMES, *_LABELS, "good", "bad"))}
+"""Matplotlib knows no CSS variables: each stands in a picture as a colour nobody would choose, exchanged at the end."""
+_BACK: Final = {colour: f"var(--{name})" for name, colour in VARIABLES.items()}
 _COLOUR: Final = re.compile("#0102[0-9a-f]{2}")
 _RC: Final[dict[Any, Any]] = {
     "svg.fonttype": "none",
@@ -79,18 +76,18 @@ def curve(
     points : sequence of (int, float)
         Round and value; finite.
     """
-    with _styled(name):
-        figure, axes = _axes(440, 230)
+    with styled(name):
+        figure, axes = new_axes(440, 230)
         rounds, values = [point[0] for point in points], [point[1] for point in points]
         for level in levels:
-            axes.axhline(level.value, color=_VARIABLES[level.colour], linewidth=1.5, dashes=level.dashes, zorder=2)
+            axes.axhline(level.value, color=VARIABLES[level.colour], linewidth=1.5, dashes=level.dashes, zorder=2)
         if from_zero:
-            axes.fill_between(rounds, values, color=_VARIABLES[colour], alpha=0.1, linewidth=0, zorder=1)
-        axes.plot(rounds, values, color=_VARIABLES[colour], linewidth=2.2, zorder=3, solid_capstyle="round")
+            axes.fill_between(rounds, values, color=VARIABLES[colour], alpha=0.1, linewidth=0, zorder=1)
+        axes.plot(rounds, values, color=VARIABLES[colour], linewidth=2.2, zorder=3, solid_capstyle="round")
         marked = slice(None) if len(points) <= 25 and not from_zero else slice(-1, None)
         axes.plot(
-            rounds[marked], values[marked], "o", color=_VARIABLES[colour], markersize=5.5,
-            markeredgecolor=_VARIABLES["card"], markeredgewidth=1.2, zorder=4, clip_on=False,
+            rounds[marked], values[marked], "o", color=VARIABLES[colour], markersize=5.5,
+            markeredgecolor=VARIABLES["card"], markeredgewidth=1.2, zorder=4, clip_on=False,
         )  # fmt: skip
         everything = [*values, *(level.value for level in levels)]
         low, high = min(everything), max(everything)
@@ -102,7 +99,7 @@ def curve(
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
         axes.set_xlabel("round")
-        return _svg(figure, name, alt)
+        return to_svg(figure, name, alt)
 
 
 def estimates(
@@ -122,11 +119,11 @@ def estimates(
     line : sequence of (int, float)
         Round and value.
     """
-    with _styled(name):
-        figure, axes = _axes(440, 230)
+    with styled(name):
+        figure, axes = new_axes(440, 230)
         if line:
             axes.plot(
-                [point[0] for point in line], [point[1] for point in line], color=_VARIABLES["accent"], linewidth=1.6,
+                [point[0] for point in line], [point[1] for point in line], color=VARIABLES["accent"], linewidth=1.6,
                 zorder=2,
             )  # fmt: skip
         rounds = [point[0] for point in points]
@@ -135,11 +132,11 @@ def estimates(
         high = [min(value + half, 1.0) for _, value, half in points]
         # an interval wholly outside 0 to 1 leaves its point at the rim
         axes.vlines(
-            rounds, np.minimum(low, shown), np.maximum(high, shown), color=_VARIABLES["privacy"], linewidth=1.8,
+            rounds, np.minimum(low, shown), np.maximum(high, shown), color=VARIABLES["privacy"], linewidth=1.8,
             alpha=0.55, zorder=3,
         )  # fmt: skip
         axes.plot(
-            rounds, shown, "o", color=_VARIABLES["privacy"], markersize=5.5, markeredgecolor=_VARIABLES["card"],
+            rounds, shown, "o", color=VARIABLES["privacy"], markersize=5.5, markeredgecolor=VARIABLES["card"],
             markeredgewidth=1.2, zorder=4, clip_on=False,
         )  # fmt: skip
         values = [*low, *high, *shown, *(value for _, value in line)]
@@ -150,75 +147,80 @@ def estimates(
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
         axes.set_xlabel("round")
-        return _svg(figure, name, alt)
+        return to_svg(figure, name, alt)
 
 
 def label_bars(name: str, alt: str, holders: Sequence[str], counts: np.ndarray, labels: Sequence[str]) -> Markup:
     """Records of each holder, split by label: counts (holders, K), K at most LABEL_COLOURS."""
-    with _styled(name):
-        figure, axes = _axes(720, 58 + 21 * len(holders), grid="x")
+    with styled(name):
+        figure, axes = new_axes(720, 58 + 21 * len(holders), grid="x")
         places, left = np.arange(len(holders)), np.zeros(len(holders))
         for number in range(len(labels)):
             axes.barh(
-                places, counts[:, number], left=left, height=0.68, color=_VARIABLES[f"label-{number}"],
-                edgecolor=_VARIABLES["card"], linewidth=1, zorder=3,
+                places, counts[:, number], left=left, height=0.68, color=VARIABLES[f"label-{number}"],
+                edgecolor=VARIABLES["card"], linewidth=1, zorder=3,
             )  # fmt: skip
             left += counts[:, number]
-        axes.set_yticks(places, [_short(holder) for holder in holders])
+        axes.set_yticks(places, [short(holder) for holder in holders])
         axes.set_ylim(len(holders) - 0.4, -0.6)
         axes.set_xlim(0, max(1, left.max()))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.set_xlabel("records")
-        return _svg(figure, name, alt)
+        return to_svg(figure, name, alt)
 
 
 def label_map(name: str, alt: str, holders: Sequence[str], counts: np.ndarray, labels: Sequence[str]) -> Markup:
     """Share of each label at each holder, as a map: counts (holders, K)."""
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    with _styled(name):
-        figure, axes = _axes(720, 74 + 21 * len(holders), grid=None)
+    with styled(name):
+        figure, axes = new_axes(720, 74 + 21 * len(holders), grid=None)
         for row, column in np.ndindex(shares.shape):
-            field = Rectangle((column, row), 1, 1, facecolor=_VARIABLES["accent"], edgecolor=_VARIABLES["card"])
+            field = Rectangle((column, row), 1, 1, facecolor=VARIABLES["accent"], edgecolor=VARIABLES["card"])
             field.set(alpha=0.05 + 0.95 * float(shares[row, column] / shares.max()), linewidth=1.5, zorder=2)
             axes.add_patch(field)
         axes.set_xlim(0, len(labels))
         axes.set_ylim(len(holders), 0)
-        axes.set_yticks(np.arange(len(holders)) + 0.5, [_short(holder) for holder in holders])
+        axes.set_yticks(np.arange(len(holders)) + 0.5, [short(holder) for holder in holders])
         every = -(-len(labels) // 24)
         shown = list(range(0, len(labels), every))
-        turned = sum(len(_short(labels[i])) for i in shown) > 60
+        turned = sum(len(short(labels[i])) for i in shown) > 60
         axes.set_xticks(
-            [i + 0.5 for i in shown], [_short(labels[i]) for i in shown],
+            [i + 0.5 for i in shown], [short(labels[i]) for i in shown],
             rotation=40 if turned else 0, ha="right" if turned else "center",
         )  # fmt: skip
         axes.spines["bottom"].set_visible(False)
-        return _svg(figure, name, alt)
+        return to_svg(figure, name, alt)
 
 
 def histogram(
-    name: str, alt: str, values: Sequence[float], caption: str, show: Callable[[float], str] = percent
+    name: str,
+    alt: str,
+    values: Sequence[float],
+    caption: str,
+    show: Callable[[float], str] = percent,
+    what: str = "holders",
 ) -> Markup:
-    """How a value is spread over the holders; for more holders than bars can show."""
-    with _styled(name):
-        figure, axes = _axes(300, 170)
+    """How a value is spread over the holders, or what else is counted; for more than bars can show one by one."""
+    with styled(name):
+        figure, axes = new_axes(300, 170)
         found = np.asarray(values, dtype=float)
         spread = float(found.max() - found.min())
         margin = 0.5 * (abs(float(found[0])) or 1.0)
         limits = None if spread > 0 else (float(found[0]) - margin, float(found[0]) + margin)
         axes.hist(
-            found, bins=min(24, max(5, len(found) // 8)), range=limits, color=_VARIABLES["accent"],
-            edgecolor=_VARIABLES["card"], linewidth=1, zorder=3,
+            found, bins=min(24, max(5, len(found) // 8)), range=limits, color=VARIABLES["accent"],
+            edgecolor=VARIABLES["card"], linewidth=1, zorder=3,
         )  # fmt: skip
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.set_xlabel(caption)
-        axes.set_ylabel("holders")
-        return _svg(figure, name, alt)
+        axes.set_ylabel(what)
+        return to_svg(figure, name, alt)
 
 
-class _styled:
+class styled:
     """Our settings inside the block, the user's after it."""
 
     def __init__(self, name: str) -> None:
@@ -236,29 +238,31 @@ class _styled:
         self._warnings.__exit__(None, None, None)
 
 
-def _axes(width: float, height: float, grid: str | None = "y") -> tuple[Figure, Axes]:
+def new_axes(width: float, height: float, grid: str | None = "y") -> tuple[Figure, Axes]:
+    """A figure of this size in CSS pixels and its axes, without a frame; call it inside `styled`."""
     figure = Figure(figsize=(width / 72, height / 72), layout=ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04))
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
     axes.patch.set_alpha(0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_VARIABLES["line"])
-    axes.tick_params(length=0, colors=_VARIABLES["muted"], pad=5)
-    axes.xaxis.label.set_color(_VARIABLES["muted"])
-    axes.yaxis.label.set_color(_VARIABLES["muted"])
+    axes.spines["bottom"].set_color(VARIABLES["line"])
+    axes.tick_params(length=0, colors=VARIABLES["muted"], pad=5)
+    axes.xaxis.label.set_color(VARIABLES["muted"])
+    axes.yaxis.label.set_color(VARIABLES["muted"])
     if grid is not None:
-        axes.grid(axis="x" if grid == "x" else "y", color=_VARIABLES["line"], linewidth=0.8, zorder=0)
+        axes.grid(axis="x" if grid == "x" else "y", color=VARIABLES["line"], linewidth=0.8, zorder=0)
     axes.set_axisbelow(True)
     return figure, axes
 
 
-def _short(text: str, most: int = 18) -> str:
+def short(text: str, most: int = 18) -> str:
+    """A name that fits beside an axis, with nothing that XML can't hold."""
     clean = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)  # XML has no control characters
     return clean if len(clean) <= most else clean[: most - 1] + "…"
 
 
-def _svg(figure: Figure, name: str, alt: str) -> Markup:
+def to_svg(figure: Figure, name: str, alt: str) -> Markup:
     """The figure as an element of a page: own ids, the page's colours, no style that reaches beyond the picture."""
     out = io.BytesIO()
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

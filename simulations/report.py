@@ -71,18 +71,26 @@ def write_report(run_dir: str | Path) -> Path:
 
 def render(result: Result) -> str:
     """The page as text; the same result gives the same text."""
-    environment = Environment(
+    return environment().get_template(FILE).render(**context_of(result))
+
+
+def environment() -> Environment:
+    """What pages are made with: all text escaped, a name that is missing refused, numbers shown as in show.py.
+
+    Every page extends base.html, which holds the style and the policy that nothing is loaded.
+    """
+    found = Environment(
         loader=PackageLoader("fedhead.simulations", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
+    found.filters.update(
         metric=show_metric, epsilon=show_epsilon, count=show_count, size=show_bytes, seconds=show_seconds,
         delta=show_delta, metric_name=metric_name, value=show_setting, number=show_number,
     )  # fmt: skip
-    return environment.get_template(FILE).render(**context_of(result))
+    return found
 
 
 def context_of(result: Result) -> dict[str, Any]:
@@ -103,7 +111,7 @@ def context_of(result: Result) -> dict[str, Any]:
         "epsilon": largest,
         "delta": delta,
         "planned": planned,
-        "power": _power(largest, delta),
+        "power": ceiling(largest, delta),
         "tiles": [
             _tile(result, name) for name in ("accuracy", "auc_roc") if name in result.final
         ] or [_tile(result, name) for name in list(result.final)[:2]],
@@ -243,13 +251,17 @@ def _refusals(result: Result) -> list[dict[str, Any]]:
     return [found[key] for key in sorted(found)]
 
 
-def _power(epsilon: float | None, delta: float | None) -> float | None:
-    """Most true alarms of any test for one unit's presence, at FALSE_ALARMS (Kairouz et al. 2015, arXiv:1311.0776)."""
+def ceiling(epsilon: float | None, delta: float | None, false_alarms: float = FALSE_ALARMS) -> float | None:
+    """Most true alarms of any test for one unit's presence, at a rate of false alarms (Kairouz et al. 2015).
+
+    Reference: arXiv:1311.0776, Theorem 2.1. None where there is no finite claim: nothing is promised.
+    """
     if epsilon is None or delta is None or not math.isfinite(epsilon):
         return None
     if epsilon > 700:
         return 1.0
-    return min(math.exp(epsilon) * FALSE_ALARMS + delta, 1 - math.exp(-epsilon) * (1 - delta - FALSE_ALARMS), 1.0)
+    grown = math.exp(epsilon) * false_alarms + delta
+    return min(grown, 1 - math.exp(-epsilon) * (1 - delta - false_alarms), 1.0)
 
 
 def _distinct(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:

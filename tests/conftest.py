@@ -43,3 +43,17 @@ def tiny():
         return changed(make_config(TINY, base=Path.cwd()), changes or {})
 
     return make
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The table of mutants: planted bug, what caught it, by which figure (tests/mutants)."""
+    rows = [
+        value
+        for report in terminalreporter.stats.get("passed", [])
+        for name, value in getattr(report, "user_properties", [])
+        if name == "mutant"
+    ]
+    if rows:
+        terminalreporter.section("mutants")
+        for mutant, tool, check, figure in rows:
+            terminalreporter.write_line(f"{mutant:<42} {tool:<16} {check}: {figure}")

@@ -141,7 +141,8 @@ class State:
         is the server's, and units are never mixed in one figure.
         """
         known = self.domains.get(name)
-        if TRUSTING in (known.units if known is not None and known.units else {unit}):
+        units = (known.units if known is not None else set()) | ({unit} if unit is not None else set())
+        if units == {TRUSTING}:
             return [name]
         mine = known.disjoint_from if known is not None else ()
         others = [

@@ -159,6 +159,8 @@ def verify_statement(text: str, expected_key: str | None = None) -> Statement:
         fields = json.loads(text)
         if set(fields) != _FIELDS or fields["schema"] != SCHEMA or _text(fields) != text:
             raise ValueError
+        if fields["signature"] != fields["signature"].lower() or fields["public_key"] != fields["public_key"].lower():
+            raise ValueError  # capitals mean the same number: a text that was changed
         signature = bytes.fromhex(fields.pop("signature"))
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(fields["public_key"])).verify(signature, _signed(fields))
         found = Statement(

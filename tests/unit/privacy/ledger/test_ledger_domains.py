@@ -216,3 +216,10 @@ def test_export_gives_a_file_a_holder(ledger: Ledger, tmp_path: Path):
     ledger.declare("../ann", "notes", None)
     with pytest.raises(LedgerError, match="no folder"):
         ledger.export(tmp_path / "holders")
+
+
+def test_a_domain_that_began_with_the_unit_holder_counts_as_soon_as_it_takes_records(ledger: Ledger):
+    """Otherwise records' releases would be hidden from the budgets of the domains that may hold the same people."""
+    ledger.declare("ann", "notes", TERMS)
+    assert isinstance(one(ledger, want(1, domain="whole", run="a", unit="holder")), Granted)
+    assert one(ledger, want(1, domain="whole", run="b")) == Denied("unit")

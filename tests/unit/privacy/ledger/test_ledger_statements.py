@@ -91,3 +91,12 @@ def test_no_key(tmp_path: Path):
             load_key(path)
     with pytest.raises(LedgerError, match="failed"):
         load_key(tmp_path)
+
+
+def test_capitals_are_a_changed_text(ledger: Ledger, key):
+    """They mean the same number, but the text is not what was signed."""
+    text = statement(ledger, "ann", key)
+    for field in ("signature", "public_key"):
+        value = json.loads(text)[field]
+        with pytest.raises(LedgerError, match="must be unchanged"):
+            verify_statement(text.replace(value, value.upper()))

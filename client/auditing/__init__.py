@@ -1,0 +1,8 @@
+"""The mechanism audit's experiment: canaries through the production training path, and what it then releases.
+
+canaries.py      crafted records whose clipped gradients are known and lie in coordinates of their own
+reference.py     an independent second way to the clipped sum: one record at a time, by autograd, in float64
+watching.py      records what was sampled and what was released, without touching either
+experiment.py    rounds on records with canaries, each put in or left out by a fair coin
+contributions.py whether one record or person moves a sum by more than the clipping norm
+"""

@@ -1,0 +1,261 @@
+"""Whether one record, or one person, moves a released sum by more than the clipping norm.
+
+Residuals show a wrong sum of ordinary records, but not what the strangest record could do, and noise hides what few
+records do. So here the noise is next to nothing, and data sets that differ in one unit go through production training
+one after the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedhead.client.auditing.canaries import Canaries, flat, joined, load_flat, sent_head
+from fedhead.client.auditing.watching import watch
+from fedhead.client.training import StepPlan, Trainer
+from fedhead.common.errors import InputError, RunError
+from fedhead.common.features import FeatureSet
+from fedhead.common.models.trainable import Trainable
+from fedhead.common.privacy.audit.findings import Check
+from fedhead.common.privacy.noise import Streams
+from fedhead.common.tasks import Task
+
+FloatArray = NDArray[np.float64]
+Units = tuple[FeatureSet, Tensor]
+
+TOLERANCE: Final = 2.0**-10
+"""Most that a contribution may be beyond the clipping norm, in clipping norms: what a deployment's noise is widened for
+rounding (`lattice.ETA`), and more than float32 loses in sums of a few hundred records."""
+
+_NOISE: Final = 1e-8  # noise multiplier: ten steps of a deployment's lattice, lost in the tolerance
+_SIZES: Final = (0, 1, 7, 33)  # units that are there already
+_CHUNK: Final = 16  # of records: the largest data set comes in several
+_REAL: Final = 2  # real units, and as many canaries, that are added
+_LARGE: Final = {torch.float32: 2.0**6, torch.float64: 2.0**16}
+"""Length of the huge head, in clipping norms. A deployed holder refuses 2^20; in float32 gradients under so large a
+head would be rounding, which no claim covers."""
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """How far single units moved sums.
+
+    Attributes
+    ----------
+    largest : float, >= 0
+        Over all units, heads and data sets, in clipping norms; inf for a sum that is not a number or was refused.
+    kind : str
+        Of the unit that moved most.
+    by_kind : dict of str to float
+        The largest of each kind.
+    unit : "record" or "person"
+    tried : int
+        Pairs of data sets that were compared.
+    """
+
+    largest: float
+    kind: str
+    by_kind: dict[str, float]
+    unit: str
+    tried: int
+
+    def check(self) -> Check:
+        """The verdict: a question without chance."""
+        passed = self.largest <= 1 + TOLERANCE
+        good = (
+            f"No {self.unit}, however strange, moves a sum by more than the clipping norm that the noise is made for."
+        )
+        bad = (
+            f"One {self.unit} ({self.kind}) moves a sum by more than the clipping norm: the clipping norm is not kept "
+            f"for each {self.unit}, or the divisor follows the true count. Epsilon is larger than claimed."
+        )
+        return Check(
+            "largest-contribution",
+            f"The most that one {self.unit} moves a sum",
+            passed,
+            f"{self.largest:.6g} clipping norms at most, in {self.tried} pairs of data sets",
+            good if passed else bad,
+        )
+
+
+def largest_contribution(
+    make_trainable: Callable[[], Trainable],
+    task: Task,
+    features: FeatureSet,
+    targets: Tensor,
+    plan: StepPlan,
+    streams_for: Callable[[int], Streams],
+    *,
+    canaries: Canaries,
+    generator: np.random.Generator,
+    path: str | None = None,
+) -> Contributions:
+    """Add one unit after the other to data sets of several sizes, and measure how far the sum moves.
+
+    Parameters
+    ----------
+    make_trainable : callable
+        A new trainable at its initial parameters, without dropout; best in float64.
+    task : Task
+    features : FeatureSet
+        Real records, or persons.
+    targets : Tensor, int64, shape (N,), or (N, T) of persons
+    plan : StepPlan
+        Clipping norm, mechanism and optimizer are read; noise, rate and chunk are replaced.
+    streams_for : callable
+        Number of a measurement, from 1 -> the holder's streams.
+    canaries : Canaries
+    generator : numpy.random.Generator
+        The auditor's own.
+    path : str, optional
+        Gradient path, as `Trainer` takes it.
+
+    Returns
+    -------
+    Contributions
+
+    Raises
+    ------
+    InputError
+        The plan has no noise, or the head can't be audited so.
+
+    Notes
+    -----
+    A sum is measured as the release times the declared divisor, under a noise multiplier of 1e-8, and with every record
+    sampled. The true sensitivity is at least `largest`; that none of the units tried breaks the bound is evidence, and
+    for the clipping itself the proof is in `fedhead.common.privacy.clipping`.
+    """
+    if plan.mechanism not in ("full-batch", "poisson"):
+        raise InputError(
+            f"privacy.mechanism is {plan.mechanism!r}: without noise nothing is clipped. Use full-batch or poisson."
+        )
+    quiet = replace(
+        plan,
+        noise_multiplier=_NOISE,
+        sample_rate=None if plan.sample_rate is None else 1.0,
+        local_steps=1,
+        proximal_mu=0.0,
+        learning_rate=1e-3,
+        chunk=_CHUNK,
+    )
+    measure = _Measure(Trainer(make_trainable(), task, path), quiet, streams_for)
+    added = list(_added((features, targets), canaries, task.outputs, generator))
+    by_kind: dict[str, float] = {}
+    tried = 0
+    for head in _heads(make_trainable(), canaries, plan.clipping_norm, generator):
+        for size in sorted({min(size, len(targets)) for size in _SIZES}):
+            for there in _there((features, targets), canaries, size):
+                before = measure.sum(head, there)
+                for kind, unit in [*added, *_again(there)]:
+                    moved = _distance(measure.sum(head, joined(there, unit)), before) / plan.clipping_norm
+                    by_kind[kind] = max(by_kind.get(kind, 0.0), moved)
+                    tried += 1
+    worst = max(by_kind, key=lambda kind: by_kind[kind])
+    unit_name = "record" if canaries.records is None else "person"
+    return Contributions(by_kind[worst], worst, by_kind, unit_name, tried)
+
+
+class _Measure:
+    """Sums of clipped gradients, from what production training releases."""
+
+    def __init__(self, trainer: Trainer, plan: StepPlan, streams_for: Callable[[int], Streams]) -> None:
+        self.trainer, self.plan, self.streams_for, self.count = trainer, plan, streams_for, 0
+
+    def sum(self, head: FloatArray, units: Units) -> FloatArray | None:
+        """The sum at a head, shape (P,); None where the round refused: whoever sees that has learned of a unit."""
+        self.count += 1
+        load_flat(self.trainer.trainable, head)
+        try:
+            seen = watch(self.trainer, *units, self.plan, self.streams_for(self.count))
+        except RunError:
+            return None
+        found: FloatArray = seen.releases(self.plan).sum(0)
+        return found
+
+
+def _distance(a: FloatArray | None, b: FloatArray | None) -> float:
+    if a is None or b is None:
+        return math.inf
+    moved = float(np.linalg.norm(a - b))
+    return moved if math.isfinite(moved) else math.inf
+
+
+def _heads(
+    trainable: Trainable, canaries: Canaries, clipping_norm: float, generator: np.random.Generator
+) -> Iterator[FloatArray]:
+    """Zero, one after the canaries, a random one, and a huge one."""
+    start = flat(trainable)
+    drawn = generator.standard_normal(len(start))
+    yield np.zeros(len(start))
+    yield sent_head(trainable, canaries, generator)
+    yield start.double().numpy() + drawn
+    yield drawn / float(np.linalg.norm(drawn)) * _LARGE[start.dtype] * clipping_norm
+
+
+def _there(real: Units, canaries: Canaries, size: int) -> Iterator[Units]:
+    """Data sets that a unit is added to: real units, and canaries all of one label."""
+    features, targets = real
+    yield features.slice(0, size), targets[:size]
+    chosen = np.arange(len(canaries)) < size
+    if chosen.any():
+        alike = replace(canaries, labels=np.zeros_like(canaries.labels))
+        yield alike.units(chosen)
+
+
+def _again(there: Units) -> Iterator[tuple[str, Units]]:
+    """A unit that is there already, once more, and the same with its label changed."""
+    features, targets = there
+    if len(targets):
+        first, wanted = features.slice(0, 1), targets[:1]
+        yield "a duplicate", (first, wanted)
+        yield "a duplicate with another label", (first, torch.where(wanted > 0, 0, torch.where(wanted == 0, 1, -1)))
+
+
+def _added(
+    real: Units, canaries: Canaries, outputs: int, generator: np.random.Generator
+) -> Iterator[tuple[str, Units]]:
+    """Units to add, each with what it is."""
+    features, targets = real
+    for i in range(min(_REAL, len(targets))):
+        yield "a real one", (features.slice(i, i + 1), targets[i : i + 1])
+    for i in range(min(_REAL, len(canaries))):
+        yield "a canary", canaries.units(np.arange(len(canaries)) == i)
+    width, each = canaries.features, canaries.records or 1
+    ordinary = torch.from_numpy(generator.standard_normal(width)).float()
+    one = torch.zeros(width)
+    one[int(generator.integers(width))] = 1e12
+    broken = ordinary.clone()
+    broken[0] = torch.nan
+    hostile = {
+        "zeros": torch.zeros(width),
+        "1e30 everywhere": torch.full((width,), 1e30),
+        "not a number": torch.full((width,), torch.nan),
+        "one number that is not a number": broken,
+        "inf": torch.full((width,), torch.inf),
+        "one huge number": one,
+        "long": 1e6 * ordinary,
+        "tiny": 1e-30 * ordinary,
+    }
+    for kind, row in hostile.items():
+        for label in (0, outputs - 1) if bool(row.isfinite().all()) else (0,):
+            yield kind, _unit(row.expand(each, -1), label, canaries)
+    if canaries.records is not None:
+        for times, kind in ((1, "the most records"), (3, "more than the most records"), (64, "a great many records")):
+            for row in (ordinary, 1e3 * ordinary):
+                yield kind, _unit(row.expand(times * each, -1), 0, canaries)
+        mixed = torch.cat([ordinary.expand(each, -1), broken[None], one[None]])
+        yield "ordinary and broken records", _unit(mixed, 0, canaries)
+
+
+def _unit(rows: Tensor, label: int, canaries: Canaries) -> Units:
+    """One record, or one person with these records."""
+    if canaries.records is None:
+        return FeatureSet(rows[:1].contiguous()), torch.tensor([label])
+    return FeatureSet(rows.contiguous(), torch.tensor([0, len(rows)])), torch.full((1, len(rows)), label)

@@ -1,0 +1,86 @@
+"""`fedhead audit report`: a run's ledgers, its mechanism and, on request, its head, audited and shown on one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from fedhead.common import progress
+from fedhead.common.config import RunConfig, builtin_recipes, find_recipe, make_config
+from fedhead.common.results import Result
+from fedhead.simulations.audit.ledgers import audit_ledgers
+from fedhead.simulations.audit.mechanism import audit_mechanism, why_not
+from fedhead.simulations.audit.membership import audit_membership
+from fedhead.simulations.audit.page import now, passed, write_page
+
+FILE: Final = "audit.html"
+
+
+def audit_run(
+    run_dir: str | Path,
+    out: Path | None = None,
+    *,
+    recipe: str | Path | None = None,
+    membership: bool = False,
+    seed: int | None = None,
+    progress_listener: progress.Listener | None = None,
+) -> tuple[dict[str, Any], Path]:
+    """Audit a run and write the page.
+
+    Parameters
+    ----------
+    run_dir : path
+        The folder of a run.
+    out : path, optional
+        The page; default: audit.html in the folder.
+    recipe : path, optional
+        The run's recipe, where its file can't be found from the result: paths to records start from its folder.
+    membership : bool
+        Attack final heads as well; trains the recipe many times.
+    seed : int, optional
+        Audit a simulation's noise from this seed instead of a deployment's.
+    progress_listener : callable, optional
+        Called as `listener(stage, done, total, note)`.
+
+    Returns
+    -------
+    found : dict
+        `name`, `created`, `passed`, and the results `ledger`, `mechanism` and `membership`; None for what was not
+        audited.
+    path : Path
+        Of the page.
+
+    Raises
+    ------
+    InputError
+        The run or its recipe can't be read.
+    LedgerError
+        A ledger can't be opened.
+    """
+    folder = Path(run_dir)
+    result = Result.read(folder)
+    config = config_of(result, recipe)
+    ledger = audit_ledgers([folder / "holders"], delta=config.privacy.delta)
+    found: dict[str, Any] = {
+        "name": result.name, "created": now(), "ledger": ledger, "mechanism": None, "membership": None,
+    }  # fmt: skip
+    if why_not(config) is None:
+        found["mechanism"] = audit_mechanism(config, seed=seed, name=result.name, progress_listener=progress_listener)
+    if membership:
+        found["membership"] = audit_membership(config, name=result.name, progress_listener=progress_listener)
+    found["passed"] = passed(found) is not False
+    path = folder / FILE if out is None else out
+    write_page(found, path)
+    return found, path
+
+
+def config_of(result: Result, recipe: str | Path | None = None) -> RunConfig:
+    """The recipe of a result. A result keeps no path of its machine: paths start where the recipe's file lies."""
+    if recipe is not None:
+        return make_config(dict(result.config), base=find_recipe(recipe).base)
+    known = builtin_recipes()
+    if result.name in known:
+        builtin = find_recipe(result.name)
+        if builtin.data.source == result.config["data"]["source"]:
+            return make_config(dict(result.config), base=builtin.base)
+    return make_config(dict(result.config))

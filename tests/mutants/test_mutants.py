@@ -1,0 +1,41 @@
+"""Privacy bugs planted in production code: the audit must catch each one, and say which fault it is.
+
+The table of mutants is printed at the end of the test run.
+"""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from fedhead.simulations.audit.mechanism import audit_mechanism
+
+HERE = Path(__file__).parent
+MUTANTS = runpy.run_path(str(HERE / "mechanism_mutants.py"))["MECHANISM_MUTANTS"]
+RECIPE = {"privacy.epsilon": 5.0, "training.rounds": 40}
+
+
+def audited(tiny, changes, seed):
+    return audit_mechanism(tiny({**RECIPE, **changes}), records=200, seed=seed)
+
+
+def failures(found):
+    return {check["name"]: check for check in found["checks"] if not check["passed"]}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_the_mechanism_audit_catches(mutant, tiny, monkeypatch, record_property):
+    mutant.plant(monkeypatch)
+    found = audited(tiny, mutant.changes, mutant.seed)
+    failed = failures(found)
+    assert not found["passed"]
+    assert mutant.caught_by in failed, sorted(failed)
+    check = failed[mutant.caught_by]
+    assert mutant.says in check["meaning"].lower(), check["meaning"]
+    record_property("mutant", [mutant.name, "mechanism audit", check["title"], check["figure"]])
+
+
+@pytest.mark.parametrize("changes", [{}, runpy.run_path(str(HERE / "mechanism_mutants.py"))["POISSON"]], ids=str)
+def test_the_unmutated_path_passes(changes, tiny):
+    found = audited(tiny, changes, 7)
+    assert found["passed"], failures(found)

@@ -55,6 +55,7 @@ def audit_ledger(
     Status 1, with the first bad row, when anything disagrees.
     """
     _check_page(page)
+    _check_folder(sign)
     from fedhead.simulations.audit.ledgers import audit_ledgers, show_audit, sign_audit
 
     found = audit_ledgers(
@@ -173,8 +174,13 @@ def audit_report(
 
 def _check_page(path: Path | None, option: str = "--page") -> None:
     """Before the work, not after it."""
-    if path is not None and (path.suffix != ".html" or not path.absolute().parent.is_dir()):
+    if path is not None and (path.suffix != ".html" or path.is_dir() or not path.absolute().parent.is_dir()):
         raise InputError(f'{option} is "{path}": it must end in .html, in a folder that exists. Name such a file.')
+
+
+def _check_folder(path: Path | None) -> None:
+    if path is not None and next(one for one in (path.absolute(), *path.absolute().parents) if one.exists()).is_file():
+        raise InputError(f'--sign is "{path}": it must be a folder, or a new one. Name such a folder.')
 
 
 def _write_page(path: Path | None, name: str, **found: Any) -> None:

@@ -38,6 +38,7 @@ _NOISE: Final = 1e-8  # noise multiplier: ten steps of a deployment's lattice, l
 _SIZES: Final = (0, 1, 7, 33)  # units that are there already
 _CHUNK: Final = 16  # of records: the largest data set comes in several
 _REAL: Final = 2  # real units, and as many canaries, that are added
+_LABELS: Final = 10  # that each crafted unit is tried with
 _LARGE: Final = {torch.float32: 2.0**6, torch.float64: 2.0**16}
 """Length of the huge head, in clipping norms. A deployed holder refuses 2^20; in float32 gradients under so large a
 head would be rounding, which no claim covers."""
@@ -148,12 +149,15 @@ def largest_contribution(
     measure = _Measure(Trainer(make_trainable(), task, path), quiet, streams_for)
     added = list(_added((features, targets), canaries, task.outputs, generator))
     by_kind: dict[str, float] = {}
-    tried = 0
+    tried, turns = 0, 0
     for head in _heads(make_trainable(), canaries, plan.clipping_norm, generator):
         for size in sorted({min(size, len(targets)) for size in _SIZES}):
             for there in _there((features, targets), canaries, size):
                 before = measure.sum(head, there)
-                for kind, unit in [*added, *_again(there)]:
+                # two labels of each kind at a time, others with each data set: all of them come up
+                turn, turns = turns, turns + 2
+                chosen = (units[(turn + i) % len(units)] for units in added for i in range(min(2, len(units))))
+                for kind, unit in [*chosen, *_again(there)]:
                     moved = _distance(measure.sum(head, joined(there, unit)), before) / plan.clipping_norm
                     by_kind[kind] = max(by_kind.get(kind, 0.0), moved)
                     tried += 1
@@ -220,14 +224,15 @@ def _again(there: Units) -> Iterator[tuple[str, Units]]:
 
 def _added(
     real: Units, canaries: Canaries, outputs: int, generator: np.random.Generator
-) -> Iterator[tuple[str, Units]]:
-    """Units to add, each with what it is."""
+) -> Iterator[list[tuple[str, Units]]]:
+    """Units to add, each with what it is; in a list those that differ in their label only."""
     features, targets = real
     for i in range(min(_REAL, len(targets))):
-        yield "a real one", (features.slice(i, i + 1), targets[i : i + 1])
+        yield [("a real one", (features.slice(i, i + 1), targets[i : i + 1]))]
     for i in range(min(_REAL, len(canaries))):
-        yield "a canary", canaries.units(np.arange(len(canaries)) == i)
+        yield [("a canary", canaries.units(np.arange(len(canaries)) == i))]
     width, each = canaries.features, canaries.records or 1
+    labels = range(outputs) if outputs <= _LABELS else sorted({0, outputs - 1, *generator.choice(outputs, _LABELS - 2)})
     ordinary = torch.from_numpy(generator.standard_normal(width)).float()
     one = torch.zeros(width)
     one[int(generator.integers(width))] = 1e12
@@ -244,14 +249,14 @@ def _added(
         "tiny": 1e-30 * ordinary,
     }
     for kind, row in hostile.items():
-        for label in (0, outputs - 1) if bool(row.isfinite().all()) else (0,):
-            yield kind, _unit(row.expand(each, -1), label, canaries)
+        own = labels if bool(row.isfinite().all()) else (0,)
+        yield [(kind, _unit(row.expand(each, -1), int(label), canaries)) for label in own]
     if canaries.records is not None:
         for times, kind in ((1, "the most records"), (3, "more than the most records"), (64, "a great many records")):
             for row in (ordinary, 1e3 * ordinary):
-                yield kind, _unit(row.expand(times * each, -1), 0, canaries)
+                yield [(kind, _unit(row.expand(times * each, -1), 0, canaries))]
         mixed = torch.cat([ordinary.expand(each, -1), broken[None], one[None]])
-        yield "ordinary and broken records", _unit(mixed, 0, canaries)
+        yield [("ordinary and broken records", _unit(mixed, 0, canaries))]
 
 
 def _unit(rows: Tensor, label: int, canaries: Canaries) -> Units:

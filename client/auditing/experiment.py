@@ -23,6 +23,7 @@ from fedhead.client.training import StepPlan, Trainer
 from fedhead.common.errors import InputError
 from fedhead.common.features import FeatureSet
 from fedhead.common.models.trainable import Trainable
+from fedhead.common.privacy.lattice import lattice_step
 from fedhead.common.privacy.noise import Streams
 from fedhead.common.progress import advance
 from fedhead.common.tasks import Task
@@ -31,6 +32,7 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
+_TOLD: Final = 2.0**44  # steps: float64 then keeps a hundredth of a step through a product and a quotient
 
 STRAY: Final = 1e-6  # clipping norms: above rounding, below anything that scores would notice
 
@@ -60,6 +62,12 @@ class Observations:
         Mean squared norm of the part of a canary that scores see, in clipping norms.
     clipped : float, in [0, 1]
         Share of canaries, over all steps, whose gradient was at least as long as the clipping norm.
+    along : float64 array, shape (T,)
+        Each step's residual along its clipped sum: independent and standard normal if all is right. A sum that is
+        longer or shorter than it should be shows here long before it shows in any one number.
+    off_lattice : float, in [0, 0.5]
+        Furthest that a released number was from a whole multiple of the lattice's step, in steps; 0 where there is no
+        lattice (a simulation), or where floats are too coarse to tell.
     replay_error : float
         The largest of all rounds; see `watching.replay_error`. 0 up to rounding if all is right.
     unplanned_steps : int
@@ -67,8 +75,9 @@ class Observations:
     empty : float64 array, shape (steps of a round, P)
         Residuals of a round on no records: noise alone.
     asked_twice : tuple of two float64 arrays, shape (P,), or None
-        Residuals of the first step of the first round, and of that round asked again with another head: independent.
-        None for a simulation's streams, whose draws are the same for the same round by design.
+        Residuals of the first step of the first round, and of that very round asked again: independent. The head is the
+        same, because noise that is made from the round, the head or the records then comes back as well. None for a
+        simulation's streams, whose draws are the same for the same round by design.
     steps_per_round : int
     """
 
@@ -81,6 +90,8 @@ class Observations:
     records: int
     signal: float
     clipped: float
+    along: FloatArray
+    off_lattice: float
     replay_error: float
     unplanned_steps: int
     empty: FloatArray
@@ -173,14 +184,14 @@ def observe(
     included = generator.random(len(canaries)) < 0.5
     data = joined((features, targets), canaries.units(included))
     audit = _Audit(make_trainable, task, (features, targets), data, plan, canaries, included, path)
-    heads = [sent_head(make_trainable(), canaries, generator) for _ in range(rounds + 2)]
+    heads = [sent_head(make_trainable(), canaries, generator) for _ in range(rounds + 1)]
     for number in range(1, rounds + 1):
         audit.round(heads[number - 1], streams_for(number))
         advance("audit", number, rounds)
     empty = audit.empty(heads[rounds], streams_for(rounds + 1))
     again, pair = streams_for(1), None
     if not again.seeded:
-        pair = audit.residuals[0], audit.again(heads[rounds + 1], again)
+        pair = audit.residuals[0], audit.again(heads[0], again)
     return audit.observations(empty, pair)
 
 
@@ -225,7 +236,9 @@ class _Audit:
         self.residuals: list[FloatArray] = []
         self.sampled: list[IntArray] = []
         self.rates: set[float] = set()
+        self.along: list[float] = []
         self.signal, self.clipped, self.error, self.unplanned = 0.0, 0.0, 0.0, 0
+        self.off_lattice = 0.0
 
     @property
     def rate(self) -> float:
@@ -246,7 +259,13 @@ class _Audit:
         for step, release in enumerate(seen.releases(self.plan)):
             clean, signatures = self.expected(seen, step)
             self.scores += log_ratios(release, clean, signatures.own, self.places, scale, self.rate)
-            self.residuals.append((release - clean - signatures.total) / scale)
+            total = clean + signatures.total
+            self.residuals.append((release - total) / scale)
+            length = float(np.linalg.norm(total))
+            if length > 0:
+                self.along.append(float(self.residuals[-1] @ total) / length)
+            if not streams.seeded:
+                self.off_lattice = max(self.off_lattice, off_lattice(release, self.plan.clipping_norm))
             self.signal += float(np.square(signatures.own).sum(1).mean()) / self.plan.clipping_norm**2
             self.clipped += float((signatures.norms >= self.plan.clipping_norm).mean())
             if self.plan.mechanism == "poisson":
@@ -293,12 +312,22 @@ class _Audit:
             records=len(self.data[1]),
             signal=self.signal / steps,
             clipped=self.clipped / steps,
+            along=np.array(self.along),
+            off_lattice=self.off_lattice,
             replay_error=self.error,
             unplanned_steps=self.unplanned,
             empty=empty,
             asked_twice=pair,
             steps_per_round=self.plan.local_steps,
         )
+
+
+def off_lattice(release: FloatArray, clipping_norm: float) -> float:
+    """Furthest that a number is from a multiple of the lattice's step, in steps; 0 where floats can't tell."""
+    scaled = release / lattice_step(clipping_norm)
+    if not np.isfinite(scaled).all() or np.abs(scaled).max(initial=0.0) > _TOLD:
+        return 0.0
+    return float(np.abs(scaled - np.round(scaled)).max(initial=0.0))
 
 
 def _sample(seen: Seen, step: int) -> IntArray:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from fedhead.common.errors import InputError
 from fedhead.common.privacy.audit.ledger import Bad, Reading
@@ -18,6 +19,8 @@ from fedhead.common.privacy.ledger import LedgerError, Mark, verify_statement
 from fedhead.server.marks import read_marks
 from fedhead.simulations.audit.ledger_rows import Chain
 from fedhead.simulations.ledgers import MARKS
+
+MOST_BYTES: Final = 64 * 2**20  # of a statement: far more than any holder has to say
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,13 @@ def gather(statements: Sequence[Path], keys: Sequence[str], marks: Path | None) 
     InputError
         A key is none, or a file can't be read.
     """
-    found, known = Witnesses(), _keys(keys)
+    found, known = Witnesses(), _known_keys(keys)
+    if known and not statements:
+        raise InputError(
+            "--key is given without --statement: it says whose signature a statement has. Give the statement too."
+        )
     for path in statements:
-        try:
-            text = path.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeError) as fault:
-            raise InputError(f'--statement is "{path}": it can\'t be read. Name a file with a statement.') from fault
+        text = read_text(path, "--statement").strip()
         try:
             one, key = _statement(path, text)
             if known:
@@ -95,7 +99,13 @@ def gather(statements: Sequence[Path], keys: Sequence[str], marks: Path | None) 
         file = marks / MARKS if marks.is_dir() else marks
         if not file.is_file():
             raise InputError(f'--marks is "{marks}": there is no marks.json. Name the one of the server\'s state.')
-        found.seen += [Seen(file.name, holder, mark, signed=False) for holder, mark in read_marks(file).items()]
+        try:
+            seen = read_marks(file)
+        except (InputError, OverflowError, RecursionError) as fault:
+            raise InputError(
+                f'--marks is "{marks}": it can\'t be read as marks. Name the marks.json that the server wrote.'
+            ) from fault
+        found.seen += [Seen(file.name, holder, mark, signed=False) for holder, mark in seen.items()]
     return found
 
 
@@ -112,19 +122,40 @@ def _statement(path: Path, text: str) -> tuple[Seen, str]:
     return Seen(path.name, stated.holder, stated.mark, stated.domains), stated.public_key
 
 
-def _keys(keys: Sequence[str]) -> dict[str, set[str]]:
+def read_text(path: Path, setting: str) -> str:
+    """The text of a statement's file.
+
+    Raises
+    ------
+    InputError
+        It is no file, far too long, or no text.
+    """
+    try:
+        # neither a pipe, which may never end, nor a file that would fill the memory
+        if not path.is_file() or path.stat().st_size > MOST_BYTES:
+            raise ValueError
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as fault:
+        raise InputError(f'{setting} is "{path}": it can\'t be read. Name a file with a statement.') from fault
+
+
+def check_key(key: str, given: str | None = None, more: str = "") -> None:
+    """Refuse what is no public key; `given` is what the user wrote, `more` what else may be written."""
+    try:
+        good = len(bytes.fromhex(key)) == 32 and len(key) == 64
+    except ValueError:
+        good = False
+    if not good:
+        shown = key if given is None else given
+        raise InputError(f"--key is {shown[:80]!a}: it must be 64 hexadecimal digits{more}. Ask the holder.")
+
+
+def _known_keys(keys: Sequence[str]) -> dict[str, set[str]]:
     """Holder -> keys; those of nobody in particular under ""."""
     found: dict[str, set[str]] = {}
     for text in keys:
         holder, _, key = text.strip().rpartition("=")
-        try:
-            good = len(bytes.fromhex(key)) == 32 and len(key) == 64
-        except ValueError:
-            good = False
-        if not good:
-            raise InputError(
-                f"--key is {text[:80]!r}: it must be 64 hexadecimal digits, or HOLDER=KEY. Ask the holder."
-            )
+        check_key(key, text, ", or HOLDER=KEY")
         found.setdefault(holder, set()).add(key.lower())
     return found
 

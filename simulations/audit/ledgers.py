@@ -26,7 +26,7 @@ from fedhead.simulations.audit.ledger_composition import Together, across, toget
 from fedhead.simulations.audit.ledger_contents import check_contents
 from fedhead.simulations.audit.ledger_figures import domain_figures, left_of
 from fedhead.simulations.audit.ledger_rows import Chain, read_file
-from fedhead.simulations.audit.ledger_witnesses import Witnesses, behind, gather
+from fedhead.simulations.audit.ledger_witnesses import Witnesses, behind, check_key, gather, read_text
 from fedhead.simulations.audit.show_ledgers import show_audit, show_statement
 from fedhead.simulations.ledger_files import KEY, ledger_files, newest
 
@@ -173,14 +173,13 @@ def read_statement(path: Path, key: str | None = None) -> dict[str, Any]:
     Raises
     ------
     InputError
-        The file can't be read.
+        The file can't be read, or the key is none.
     LedgerError
         It is not what a holder signed, or another key signed it.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as fault:
-        raise InputError(f'STATEMENT is "{path}": it can\'t be read. Name a file with a privacy statement.') from fault
+    if key is not None:
+        check_key(key)
+    text = read_text(path, "STATEMENT")
     # a file ends with a newline, the statement does not
     return {**verify_privacy_statement(text.removesuffix("\n"), key), "key_known": key is not None}
 

@@ -54,6 +54,7 @@ LEAST_ALARMS: Final = 10  # false positives that a rate of them is stated from: 
 LEAST_MODELS: Final = 4
 LEAST_UNITS: Final = 20
 MODELS: Final = (32, 128)  # trained by default: at least and at most, as the rate at 0.1 % needs
+MOST_SCORES: Final = 100_000_000  # heads times units: some gigabytes of confidences and scores
 LEAST_LOSS: Final = 1e-15  # below it a probability can't be told from 1 in float64
 TEST_RECORDS: Final = 64  # that each head is evaluated on, because a run evaluates; nobody reads it
 _HALVES: Final = 0x4D656D  # keeps the draw of the halves apart from the seed's other uses
@@ -136,6 +137,11 @@ def audit_membership(
                         f"{LEAST_UNITS}. Give more records."
                     )
                 number = models or _enough(usable)
+                if number > MOST_SCORES // len(units):
+                    raise InputError(
+                        f"--models is {number}: it must be at most {MOST_SCORES // len(units)} with {len(units)} "
+                        f"{config.privacy.unit}s. Leave it out for enough."
+                    )
                 confidences, included, results = _train(units, number, folder)
         except RunError as error:
             if work in str(error):  # what it points to is thrown away
@@ -175,7 +181,7 @@ def _check(config: RunConfig, models: int | None) -> None:
         )
     if models is not None and (isinstance(models, bool) or not isinstance(models, int) or models < LEAST_MODELS):
         raise InputError(
-            f"models is {models!r}: it must be a whole number of at least {LEAST_MODELS}. Leave it out for enough."
+            f"--models is {models!r}: it must be a whole number of at least {LEAST_MODELS}. Leave it out for enough."
         )
 
 

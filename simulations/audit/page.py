@@ -64,7 +64,8 @@ def render_page(found: Found) -> str:
     ----------
     found : mapping
         "name" and "created" of what was audited (text or None), and the results of "ledger", "mechanism" and
-        "membership" as the audits give them for JSON; None, or no such key, for one that was not made.
+        "membership" as the audits give them for JSON; None, or no such key, for one that was not made. "why_not" may
+        say why, by part.
 
     Returns
     -------
@@ -137,12 +138,15 @@ def context_of(found: Found) -> dict[str, Any]:
 
 def parts_of(found: Found) -> list[dict[str, Any]]:
     """The verdict on each part: its name, "passed" (None: not audited), and one sentence."""
-    return [{"name": name, **_part(part, found.get(part))} for part, name in PARTS.items()]
+    return [
+        {"name": name, **_part(part, found.get(part), (found.get("why_not") or {}).get(part))}
+        for part, name in PARTS.items()
+    ]
 
 
-def _part(part: str, one: Found | None) -> dict[str, Any]:
+def _part(part: str, one: Found | None, why_not: str | None) -> dict[str, Any]:
     if one is None:
-        return {"passed": None, "said": "Not audited."}
+        return {"passed": None, "said": "Not audited." if why_not is None else f"Not audited: {why_not}"}
     if part == "membership":
         beaten = [row for row in map(_rate, one["rates"]) if row["beaten"]]
         if beaten:

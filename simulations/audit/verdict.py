@@ -43,7 +43,7 @@ def show_mechanism(found: Mapping[str, Any]) -> None:
             out.print(Text(f"FAIL {check['title']}: {check['meaning']}", "red"))
     for note in found["notes"]:
         out.print(Text(f"note: {note}"), style="dim")
-    verdict = "the mechanism keeps its promise" if found["passed"] else "the promise is broken"
+    verdict = "nothing was found against the promise" if found["passed"] else "the promise is broken"
     out.print(
         Text(f"{verdict} (false alarms: {found['false_alarms']:.0%} of audits at most)", "bold"),
     )

@@ -7,9 +7,10 @@ from typing import Any, Final
 
 from fedhead.common import progress
 from fedhead.common.config import RunConfig, builtin_recipes, find_recipe, make_config
+from fedhead.common.errors import InputError
 from fedhead.common.results import Result
 from fedhead.simulations.audit.ledgers import audit_ledgers
-from fedhead.simulations.audit.mechanism import audit_mechanism, why_not
+from fedhead.simulations.audit.mechanism import NotAudited, audit_mechanism, check_seed
 from fedhead.simulations.audit.membership import audit_membership
 from fedhead.simulations.audit.page import now, passed, write_page
 
@@ -46,7 +47,7 @@ def audit_run(
     -------
     found : dict
         `name`, `created`, `passed`, and the results `ledger`, `mechanism` and `membership`; None for what was not
-        audited.
+        audited. `why_not` says why of a mechanism that can't be.
     path : Path
         Of the page.
 
@@ -58,29 +59,39 @@ def audit_run(
         A ledger can't be opened.
     """
     folder = Path(run_dir)
+    path = folder / FILE if out is None else out
+    if path.is_dir():
+        raise InputError(f'--out is "{path}": it is a folder. Name a file that ends in .html.')
+    check_seed(seed)
     result = Result.read(folder)
     config = config_of(result, recipe)
     ledger = audit_ledgers([folder / "holders"], delta=config.privacy.delta)
     found: dict[str, Any] = {
         "name": result.name, "created": now(), "ledger": ledger, "mechanism": None, "membership": None,
     }  # fmt: skip
-    if why_not(config) is None:
+    try:
         found["mechanism"] = audit_mechanism(config, seed=seed, name=result.name, progress_listener=progress_listener)
+    except NotAudited as reason:  # the ledgers are worth a page all the same
+        found["why_not"] = {"mechanism": str(reason)}
     if membership:
         found["membership"] = audit_membership(config, name=result.name, progress_listener=progress_listener)
     found["passed"] = passed(found) is not False
-    path = folder / FILE if out is None else out
     write_page(found, path)
     return found, path
 
 
 def config_of(result: Result, recipe: str | Path | None = None) -> RunConfig:
     """The recipe of a result. A result keeps no path of its machine: paths start where the recipe's file lies."""
+    config = make_config(dict(result.config))
     if recipe is not None:
-        return make_config(dict(result.config), base=find_recipe(recipe).base)
-    known = builtin_recipes()
-    if result.name in known:
+        try:
+            return make_config(dict(result.config), base=find_recipe(recipe).base)
+        except InputError as fault:
+            if not str(fault).startswith("RECIPE is"):
+                raise
+            raise InputError(str(fault).replace("RECIPE is", "--recipe is", 1)) from fault
+    if result.name in builtin_recipes():
         builtin = find_recipe(result.name)
-        if builtin.data.source == result.config["data"]["source"]:
+        if builtin.data.source == config.data.source:
             return make_config(dict(result.config), base=builtin.base)
-    return make_config(dict(result.config))
+    return config

@@ -7,13 +7,17 @@ from typing import Any
 
 import torch
 
-from fedhead.client import gradients
+from fedhead.client import admission, app, gradients
 from fedhead.client.gradients import ClosedForm
 from fedhead.client.training import Trainer
 from fedhead.client.workplace import Workplace
 from fedhead.common.privacy import noise
 from fedhead.common.privacy.optimizers import PrivateOptimizer
+from fedhead.common.privacy.secure import LatticeNoise
 
+MANY = {
+    "privacy.mechanism": "poisson", "privacy.sample_rate": 0.2, "training.local_steps": 8, "training.rounds": 40
+}  # fmt: skip
 POISSON = {"privacy.mechanism": "poisson", "privacy.sample_rate": 0.1, "training.local_steps": 4, "training.rounds": 12}
 
 
@@ -154,6 +158,103 @@ def noise_used_again_in_a_retried_round(monkeypatch):
     monkeypatch.setattr(Workplace, "streams", lambda self, request, name: Keyed(request.round))
 
 
+def a_looser_clip_for_one_label(monkeypatch):
+    """A hundredth too much, for records of one label only: nothing that noise would let show."""
+    real = gradients.linear_softmax_clipped_sum
+
+    def clipped(x, y, weight, bias, clipping_norm, *, reach=None, scale=None, hot=None):
+        rest = {"reach": reach, "scale": scale}
+        parts = []
+        for chosen, norm in ((y == 3, 1.01 * clipping_norm), (y != 3, clipping_norm)):
+            mine = {name: None if value is None else value[chosen] for name, value in rest.items()}
+            parts.append(real(x[chosen], y[chosen], weight, bias, norm, **mine))
+        return parts[0][0] + parts[1][0], None if bias is None else parts[0][1] + parts[1][1]
+
+    monkeypatch.setattr(gradients, "linear_softmax_clipped_sum", clipped)
+
+
+def noise_halved_where_records_are_few(monkeypatch):
+    def private(real, self, features, targets, plan, streams):
+        few = 0 < len(targets) < 20
+        real(self, features, targets, replace(plan, noise_multiplier=plan.noise_multiplier / (1 + few)), streams)
+
+    _wrapped(monkeypatch, Trainer, "_private", private)
+
+
+def a_leak_in_the_last_bits(monkeypatch):
+    """The number of records, a few millionths of a step beside the noised parameters."""
+
+    def private(real, self, features, targets, plan, streams):
+        before = self.parameters[0].detach().clone()
+        real(self, features, targets, plan, streams)
+        with torch.no_grad():
+            moved = (self.parameters[0] - before).abs().max()
+            self.parameters[0].add_(moved * 1e-6 * len(targets) / 256)
+
+    _wrapped(monkeypatch, Trainer, "_private", private)
+
+
+def sampling_by_label(monkeypatch):
+    """Records of one label are drawn half as often again."""
+    seen: list[torch.Tensor] = []
+    _wrapped(
+        monkeypatch, Trainer, "_private",
+        lambda real, self, features, targets, plan, streams: (
+            seen.append(targets), real(self, features, targets, plan, streams)
+        )[1],
+    )  # fmt: skip
+
+    def sample(records, rate, generator):
+        rates = torch.full((records,), float(rate))
+        rates[seen[-1] == 0] *= 1.8
+        return (torch.rand(records, generator=generator) < rates.clamp(max=1)).nonzero().flatten()
+
+    monkeypatch.setattr(noise, "poisson_sample", sample)
+
+
+def a_tenth_of_the_noise_between_request_and_training(monkeypatch):
+    real = app.step_plan
+    monkeypatch.setattr(
+        app, "step_plan",
+        lambda *args: (plan := real(*args)) and replace(plan, noise_multiplier=plan.noise_multiplier / 10),
+    )  # fmt: skip
+
+
+def another_head_in_the_reply(monkeypatch):
+    def train(real, workplace, name, records, request, streams):
+        content = real(workplace, name, records, request, streams)
+        state = workplace.trainable.trained()
+        changed = {key: value + len(records) for key, value in state.items()}
+        content[app.protocol.ARRAYS] = app.protocol.to_arrays(changed)
+        return content
+
+    _wrapped(monkeypatch, app, "_train", train)
+
+
+def a_loss_in_the_reply(monkeypatch):
+    def train(real, workplace, name, records, request, streams):
+        content = real(workplace, name, records, request, streams)
+        content[app.protocol.METRICS]["loss"] = float(len(records))
+        return content
+
+    _wrapped(monkeypatch, app, "_train", train)
+
+
+def charged_at_twice_the_noise(monkeypatch):
+    real = admission.event_of_request
+    monkeypatch.setattr(
+        admission, "event_of_request",
+        lambda request: real(request.model_copy(update={"noise_multiplier": 2 * request.noise_multiplier})),
+    )  # fmt: skip
+
+
+def floats_instead_of_the_lattice(monkeypatch):
+    def add(self, total, *, noise_multiplier, clipping_norm):
+        return total + noise_multiplier * clipping_norm * (1 + 2.0**-10) * torch.randn_like(total)
+
+    monkeypatch.setattr(LatticeNoise, "add", add)
+
+
 MECHANISM_MUTANTS = [
     Mutant("no noise", no_noise, "total-variance", "noise", {}),
     Mutant("noise halved", noise_halved, "total-variance", "noise", {}),
@@ -161,9 +262,26 @@ MECHANISM_MUTANTS = [
     Mutant("noise missing on 5 % of the coordinates", noise_missing_on_a_twentieth, "coordinate-variance", "noise", {}),
     Mutant("the same noise every step", same_noise_every_step, "repeated-steps", "noise", {}),
     Mutant("clipping norm 1.5 times the claim", clipping_norm_half_as_much_again, "largest-contribution", "clip", {}),
-    Mutant("clipping per batch", clipping_a_batch_at_a_time, "largest-contribution", "clip", {}),
+    Mutant("clipping per batch", clipping_a_batch_at_a_time, "exact-sums", "mixed with others", {}),
     Mutant("sampling rate twice the accounted", sampling_twice_as_often, "batch-mean", "more often", POISSON),
     Mutant("shuffled batches accounted as Poisson", shuffled_batches, "batch-variance", "fixed size", POISSON),
     Mutant("divisor from the true record count", divisor_from_the_true_count, "largest-contribution", "divisor", {}),
+    Mutant(
+        "clipped 1 % too little, for one label", a_looser_clip_for_one_label, "exact-sums", "clipped too little", {}
+    ),
+    Mutant("noise halved where records are few", noise_halved_where_records_are_few, "few-variance-7", "few", {}),
+    Mutant("a leak in the last bits of the head", a_leak_in_the_last_bits, "replay", "without noise", {}),
+    Mutant("sampling by label", sampling_by_label, "participation-by-label", "what they hold", MANY),
+    Mutant(
+        "a tenth of the noise before training",
+        a_tenth_of_the_noise_between_request_and_training,
+        "exchange-variance",
+        "other noise",
+        {},
+    ),
+    Mutant("another head in the reply", another_head_in_the_reply, "exchange-head", "something else", {}),
+    Mutant("a loss beside the head", a_loss_in_the_reply, "exchange-beside", "differs with the records", {}),
+    Mutant("charged at twice the noise", charged_at_twice_the_noise, "exchange-charged", "charged with", {}),
+    Mutant("floats instead of the lattice", floats_instead_of_the_lattice, "lattice", "between the steps", {}, None),
     Mutant("noise reused in a retried round", noise_used_again_in_a_retried_round, "retry", "again", {}, None),
 ]

@@ -75,6 +75,7 @@ def residual_questions(residuals: FloatArray, groups: Mapping[str, slice], *, st
         dependence.repeated_steps(clean, groups),
         dependence.directions(clean),
         dependence.shared_noise(clean),
+        dependence.repeated_numbers(clean),
         dependence.group_correlation(clean, groups),
         dependence.stream_overlap(clean),
     ]

@@ -31,6 +31,8 @@ _ALL_STEPS: Final = 300  # up to here two steps are compared in all their coordi
 _PRODUCTS: Final = 2 * 10**9  # beyond, in as many as this many products allow,
 _FEWEST: Final = 64  # but at least so many of each group
 _BLOCK: Final = 512  # rows of cosines at a time
+_COMPARED: Final = 64  # steps in which two trained numbers are compared,
+_NUMBERS: Final = 8192  # and most numbers that are
 _SAME: Final = 0.9  # from this correlation on, noise is called the same
 _DIRECTIONS: Final = 100  # steps that `directions` looks at
 _SMALLEST: Final = 1e-300  # probabilities below count as this one
@@ -200,6 +202,33 @@ def shared_noise(residuals: FloatArray) -> Question | None:
         min(1.0, 2 * min(p_value, p_sums)),
         "Each trained number has noise of its own in every step.",
         bad,
+    )
+
+
+def repeated_numbers(residuals: FloatArray) -> Question | None:
+    """The largest correlation over steps between any two trained numbers: exact, corrected for all pairs.
+
+    Notes
+    -----
+    `directions` sees when many numbers share noise, and `stream_overlap` when all do at one distance; this sees a
+    single pair, wherever it is. The first 64 steps are compared, and at most 8,192 numbers, evenly spread and fixed by
+    the shape alone. Few steps can't tell a pair from chance: with fewer than four nothing is asked.
+    """
+    rows = residuals[:_COMPARED].T
+    if len(rows) > _NUMBERS:
+        rows = rows[np.linspace(0, len(rows) - 1, _NUMBERS).astype(np.int64)]
+    size, steps = rows.shape
+    if size < 2 or steps < 4:
+        return None
+    _, closest = _closest(np.ascontiguousarray(rows))
+    return Question(
+        "repeated-numbers",
+        "Noise of any two trained numbers",
+        f"furthest off: {closest:+.3f} over {steps} steps, of {math.comb(size, 2)} pairs",
+        min(1.0, float(cosine_p(closest, steps)) * math.comb(size, 2)),
+        "No two trained numbers share their noise over the steps.",
+        f"Two trained numbers are given related noise in every step (correlation {closest:+.2f}): comparing them takes "
+        "noise out.",
     )
 
 

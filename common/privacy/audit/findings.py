@@ -79,10 +79,12 @@ def judge(questions: Sequence[Question], false_alarms: float) -> list[Check]:
     """
     order = sorted(range(len(questions)), key=lambda i: questions[i].p_value)
     found: dict[int, Check] = {}
-    failing = True
+    failing, level = True, 0.0
     for rank, i in enumerate(order):
-        one, level = questions[i], false_alarms / (len(questions) - rank)
-        failing = failing and one.p_value <= level
+        one = questions[i]
+        if failing:  # the level at which the first one passed holds for all that follow
+            level = false_alarms / (len(questions) - rank)
+            failing = one.p_value <= level
         meaning = one.bad if failing else one.good
         found[i] = Check(one.name, one.title, not failing, one.figure, meaning, one.p_value, level)
     return [found[i] for i in range(len(questions))]

@@ -191,10 +191,10 @@ def test_a_holder_without_any_chosen_unit_still_takes_part(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "models", "said"),
     [
-        ({}, 3, "models is 3: it must be a whole number of at least 4"),
-        ({}, True, "models is True"),
-        ({}, 8.0, "models is 8.0"),
-        ({}, "8", "models is '8'"),
+        ({}, 3, "--models is 3: it must be a whole number of at least 4"),
+        ({}, True, "--models is True"),
+        ({}, 8.0, "--models is 8.0"),
+        ({}, "8", "--models is '8'"),
         ({"privacy__unit": "holder"}, 8, 'privacy.unit is "holder"'),
         ({"records": 12}, 8, "data.source has"),
     ],

@@ -1,6 +1,7 @@
 """The audit's experiment: what it sees of right training is noise and canaries alone, and wrong twins show."""
 
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from runpy import run_path
 
@@ -259,6 +260,27 @@ def test_noise_that_a_retry_uses_again_shows():
     found = observe(*bench.arguments(), 2, lambda _: Kept(), **bench.named())
     first, second = found.asked_twice
     assert np.allclose(first, second, atol=1e-3)
+
+
+def test_noise_that_is_made_from_the_sum_shows_in_a_retry():
+    """Fresh for every other head, and open to whoever guesses the records: only the very same round shows it."""
+
+    class FromSum:
+        def add(self, total, *, noise_multiplier, clipping_norm):
+            key = int.from_bytes(blake2b(total.numpy().tobytes(), digest_size=7).digest(), "little")
+            noise = torch.randn(total.shape, dtype=total.dtype, generator=torch.Generator().manual_seed(key))
+            return total + noise_multiplier * clipping_norm * (1 + ETA) * noise
+
+    class Keyed:
+        seeded, source = False, "keyed"
+
+        def noise(self, step):
+            return FromSum()
+
+    bench = Bench(system=True)
+    found = observe(*bench.arguments(), 2, lambda _: Keyed(), **bench.named())
+    assert np.allclose(*found.asked_twice, atol=1e-3)
+    assert variance_p(found.residuals) > RARE  # nothing else sees it
 
 
 def test_steps_beyond_the_plan_show(monkeypatch):

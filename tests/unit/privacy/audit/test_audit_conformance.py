@@ -117,6 +117,11 @@ RESIDUAL_MUTANTS = {
         "shared-noise",
         "adds up to nearly nothing",
     ),
+    "two numbers share theirs": (
+        changed(lambda z, rng: z.__setitem__(np.s_[:, 517], z[:, 18])),
+        "repeated-numbers",
+        "Two trained numbers are given related noise in every step (correlation +1.00)",
+    ),
     "stream starts again for the bias": (
         copied(np.s_[:], np.s_[:], GROUPS["bias"], slice(0, 10)),
         "group-correlation",

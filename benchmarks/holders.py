@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedhead.client.together import Member, Together
 from fedhead.client.training import StepPlan, Trainer
 from fedhead.client.workplace import holder_name
 from fedhead.common import progress
@@ -77,7 +78,7 @@ def overhead(prepared: Prepared) -> dict[str, float]:
     count = config.holders.count
     names = [holder_name(i) for i in range(count)]
     cohorts = Cohorts(names, ASKED, config.run.seed)
-    trainer = Trainer(make_trainable(config, prepared.backbone, task), task)
+    waiting = Together(Trainer(make_trainable(config, prepared.backbone, task), task))
     plan = StepPlan("full-batch", 5.0, config.privacy.clipping_norm, None, 1, RECORDS // count, SGD(), 0.1)
     each = RECORDS // count
     mine = {name: prepared.train.slice(i * each, (i + 1) * each) for i, name in enumerate(names)}
@@ -90,8 +91,10 @@ def overhead(prepared: Prepared) -> dict[str, float]:
         if done:
             whole.append((time.process_time() - since) * 1e3)
             start = time.process_time()
-            for name in cohorts.of_round(done):
-                trainer.round(mine[name].features, mine[name].targets, plan, simulation_streams(0, name, done))
+            asked = cohorts.of_round(done)
+            waiting.expect([Member((name, ""), mine[name], simulation_streams(0, name, done)) for name in asked], plan)
+            for name in asked:
+                assert waiting.take((name, "")) is not None
             alone.append((time.process_time() - start) * 1e3)
         since = time.process_time()
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from fedhead.client.together import Member, Together
 from fedhead.client.training import StepPlan, Trainer
 from fedhead.common import progress
 from fedhead.common.config import make_config
@@ -71,15 +72,18 @@ def prepared_for(config: RunConfig) -> Prepared:
 
 
 def training_alone(prepared: Prepared) -> Callable[[int], None]:
-    """The holders' steps and nothing else."""
+    """The holders' steps and nothing else, together as the engine takes them."""
     config, task = prepared.config, make_task(prepared.config.task)
-    trainer = Trainer(make_trainable(config, prepared.backbone, task), task)
+    waiting = Together(Trainer(make_trainable(config, prepared.backbone, task), task))
     plan = StepPlan("poisson", 1.0, config.privacy.clipping_norm, RATE, STEPS, RECORDS, SGD(learning_rate=0.1), 0.1)
     holders = [prepared.train.slice(start, start + RECORDS) for start in range(0, HOLDERS * RECORDS, RECORDS)]
 
     def train(number: int) -> None:
-        for i, mine in enumerate(holders):
-            trainer.round(mine.features, mine.targets, plan, simulation_streams(0, f"holder-{i:05d}", number))
+        named = [(f"holder-{i:05d}", mine) for i, mine in enumerate(holders)]
+        members = [Member((name, ""), mine, simulation_streams(0, name, number)) for name, mine in named]
+        waiting.expect(members, plan)
+        for member in members:
+            assert waiting.take(member.key) is not None
 
     return train
 

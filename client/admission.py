@@ -130,6 +130,10 @@ class Admission:
         for (holder, one), outcome in zip(good, found, strict=True):
             self._expected[holder, one.digest] = outcome
 
+    def granted(self, holder: str, digest: str) -> bool:
+        """Whether a round that was expected is reserved, durably, and nothing of it was released before."""
+        return isinstance(self._expected.get((holder, digest)), Granted)
+
     def admit(self, holder: str, asked: Asked, noise: str) -> Admitted:
         """Admit a round, durably, or refuse it; see the module.
 

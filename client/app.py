@@ -14,6 +14,7 @@ from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedhead.client.metrics import noised_count
+from fedhead.client.together import Member
 from fedhead.client.training import CHUNK, StepPlan
 from fedhead.client.workplace import Workplace, workplace_of
 from fedhead.common import protocol
@@ -92,21 +93,36 @@ def expect(messages: Sequence[tuple[Message, Context]]) -> None:
     What is wrong with a message shows when it is delivered.
     """
     asked: list[tuple[str, Asked]] = []
+    members: list[Member] = []
     workplace: Workplace | None = None
     source = ""
     for message, context in messages:
         if message.metadata.message_type != MessageType.TRAIN:
             continue
-        workplace, name, _ = workplace_of(context)
+        workplace, name, records = workplace_of(context)
         try:
             one = protocol.read_request(message)
             check(one.request, workplace)
         except Refused:  # it is told when the message is delivered
             continue
-        source = source or workplace.streams(one.request, name).source
+        streams = workplace.streams(one.request, name)
+        source = source or streams.source
         asked.append((name, one))
+        members.append(Member((name, one.digest), records, streams))
     if workplace is not None and asked:
         workplace.admission.expect(asked, source)
+        _step_together(workplace, asked[0][1], members)
+
+
+def _step_together(workplace: Workplace, asked: Asked, members: list[Member]) -> None:
+    """Let the simulated holders of a round that got the same request as the first, and may answer, train together."""
+    if not workplace.admission.simulated or workplace.config.run.exact:  # exact: no batching
+        return
+    granted = [
+        member for member in members if member.key[1] == asked.digest and workplace.admission.granted(*member.key)
+    ]
+    with workplace.lock:
+        workplace.together.expect(granted, plan_of(workplace, asked.request))
 
 
 def check(request: RoundRequest, workplace: Workplace) -> None:
@@ -172,7 +188,7 @@ def answer(workplace: Workplace, name: str, records: Labelled, asked: Asked) -> 
         with torch.no_grad():
             for parameter, value in zip(workplace.trainable.trained().values(), received.values(), strict=True):
                 parameter.copy_(value)
-        content = _train(workplace, name, records, request, streams)
+        content = _train(workplace, name, records, asked, streams)
     except BaseException:
         admission.fail(name, admitted)
         raise
@@ -182,8 +198,8 @@ def answer(workplace: Workplace, name: str, records: Labelled, asked: Asked) -> 
     return content, mark
 
 
-def _train(workplace: Workplace, name: str, records: Labelled, request: RoundRequest, streams: Streams) -> RecordDict:
-    declared = workplace.declared_records or request.declared_records
+def _train(workplace: Workplace, name: str, records: Labelled, asked: Asked, streams: Streams) -> RecordDict:
+    request, plan, trained = asked.request, plan_of(workplace, asked.request), workplace.trainable.trained()
     count = None
     if request.metrics_noise is not None:  # of the head as it arrived: after this round's steps it is not the run's
         count = noised_count(
@@ -193,9 +209,21 @@ def _train(workplace: Workplace, name: str, records: Labelled, request: RoundReq
             request.metrics_noise,
             streams.noise(request.local_steps),
         )
-    plan = step_plan(request, declared, request.chunk if workplace.admission.simulated else CHUNK)
-    event = workplace.trainer.round(records.features, records.targets, plan, streams)
-    return protocol.released(workplace.trainable.trained(), declared, name, event.to_json(), count)
+    event = plan.event()
+    finished = workplace.together.take((name, asked.digest))
+    if finished is None:
+        workplace.trainer.round(records.features, records.targets, plan, streams)
+    else:
+        with torch.no_grad():
+            for parameter, value in zip(trained.values(), finished, strict=True):
+                parameter.copy_(value)
+    return protocol.released(trained, plan.declared_records, name, event.to_json(), count)
+
+
+def plan_of(workplace: Workplace, request: RoundRequest) -> StepPlan:
+    """What a holder of this workplace does for a request."""
+    declared = workplace.declared_records or request.declared_records
+    return step_plan(request, declared, request.chunk if workplace.admission.simulated else CHUNK)
 
 
 def step_plan(request: RoundRequest, declared_records: int, chunk: int) -> StepPlan:

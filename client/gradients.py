@@ -170,7 +170,7 @@ class GradientPath(ABC):
 
 
 Measured = tuple[Tensor, Tensor | None, Tensor | None]
-"""Of N records: what `feature_reach` says, and which are broken."""
+"""Of N records: what `feature_reach` says, and which are broken (None: none is)."""
 
 
 class Rows(NamedTuple):
@@ -220,18 +220,25 @@ class ClosedForm(GradientPath):
         # aliases without gradients: they follow every step, and no step has to switch gradients off
         bias = self.head.bias
         self._weight, self._bias = self.head.weight.detach(), None if bias is None else bias.detach()
+        known = self._measured(features, persons=of_persons(targets))
+        self._persons = known if isinstance(known, PersonRows) else None
+        if not isinstance(known, PersonRows):
+            self._reach, self._scale, self._broken = known
+
+    def measured(self, features: Features) -> Measured:
+        """What the closed form needs of each of a holder's N records; kept for as long as the features live."""
+        found = self._measured(features, persons=False)
+        assert not isinstance(found, PersonRows), "features of records and of persons are not the same"
+        return found
+
+    def _measured(self, features: Any, *, persons: bool) -> PersonRows | Measured:
         known = self._known.get(id(features))
         if known is None or known[0]() is not features:
             key = id(features)
-            found = self._measure_persons(features) if of_persons(targets) else self._measure(features)
+            found = PersonRows(features, self.head, self.trainable.normalize) if persons else self._measure(features)
             known = weakref.ref(features, lambda _: self._known.pop(key, None)), found
             self._known[key] = known
-        self._persons = known[1] if isinstance(known[1], PersonRows) else None
-        if not isinstance(known[1], PersonRows):
-            self._reach, self._scale, self._broken = known[1]
-
-    def _measure_persons(self, features: Any) -> PersonRows:
-        return PersonRows(features, self.head, self.trainable.normalize)
+        return known[1]
 
     def _measure(self, features: Features) -> Measured:
         weight, bias = self.head.weight.detach(), self.head.bias is not None

@@ -17,6 +17,7 @@ from flwr.app import Context
 
 from fedhead.client.admission import Admission
 from fedhead.client.placing import place
+from fedhead.client.together import Together
 from fedhead.client.training import Trainer
 from fedhead.common.config import RunConfig, from_json
 from fedhead.common.config.limits import Limits
@@ -54,6 +55,8 @@ class Workplace:
         Limits and ledger.
     holdouts : mapping of str to Labelled
         Holder -> records that it keeps apart from training, for noised metrics.
+    together : Together
+        Simulated holders whose round is trained side by side; stays empty in a deployment.
     """
 
     config: RunConfig
@@ -63,6 +66,10 @@ class Workplace:
     admission: Admission
     holdouts: dict[str, Labelled] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    together: Together = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "together", Together(self.trainer))
 
     @property
     def trainable(self) -> Trainable:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Final, Literal, Protocol
 
 import torch
@@ -55,12 +56,41 @@ class TorchNoise:
 
     def add(self, total: Tensor, *, noise_multiplier: float, clipping_norm: float) -> Tensor:
         """`total` plus noise of standard deviation noise_multiplier * clipping_norm, shape and dtype kept."""
-        std = noise_multiplier * clipping_norm
         # the draws of Opacus's _generate_noise without its buffer of zeros: a twelfth of a small step
-        noise = torch.empty(total.shape, dtype=total.dtype).normal_(0.0, std, generator=self.generator)
+        noise = torch.empty(total.shape, dtype=total.dtype)
+        self.fill(noise, noise_multiplier=noise_multiplier, clipping_norm=clipping_norm)
         if not total.is_cpu:
             noise = noise.to(total.device)
         return noise.add_(total)
+
+    def fill(self, noise: Tensor, *, noise_multiplier: float, clipping_norm: float) -> None:
+        """Put noise of standard deviation noise_multiplier * clipping_norm in place of a contiguous CPU tensor."""
+        noise.normal_(0.0, noise_multiplier * clipping_norm, generator=self.generator)
+
+
+class NoiseOfEach:
+    """Noises the sums of several simulated data holders, (H, ...), each from a stream of its own.
+
+    Parameters
+    ----------
+    noises : sequence of H TorchNoise
+        No two with the same generator.
+
+    Notes
+    -----
+    Row h gets the very bits that ``noises[h].add`` gives a tensor of that row's shape.
+    """
+
+    def __init__(self, noises: Sequence[Noise]) -> None:
+        self.noises = [noise for noise in noises if isinstance(noise, TorchNoise)]
+        assert len(self.noises) == len(noises), "noise of a deployment is never drawn side by side"
+
+    def add(self, total: Tensor, *, noise_multiplier: float, clipping_norm: float) -> Tensor:
+        """`total`, shape (H, ...), plus noise of standard deviation noise_multiplier * clipping_norm."""
+        found = torch.empty(total.shape, dtype=total.dtype)
+        for noise, row in zip(self.noises, found.unbind(), strict=True):
+            noise.fill(row, noise_multiplier=noise_multiplier, clipping_norm=clipping_norm)
+        return found.add_(total)
 
 
 def _dropout_generator() -> torch.Generator:

@@ -77,9 +77,13 @@ def test_exported_names():
         "Result",
         "RunConfig",
         "__version__",
+        "audit_ledgers",
+        "audit_mechanism",
+        "audit_membership",
         "find_recipe",
         "load",
         "make_config",
+        "plan",
         "simulate",
     ]
     for name in fedhead.__all__:

@@ -9,7 +9,6 @@ name, server, ca, key     who this is, and where it will join
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from pydantic import Field, PrivateAttr, ValidationError
 
 from fedhead.common.config.faults import fault, faults_of, setting_name
 from fedhead.common.config.limits import Budget, Limits
+from fedhead.common.config.names import Name, is_name
 from fedhead.common.config.tables import Table, known_keys, part_of, read_toml
 from fedhead.common.errors import ConfigError
 
@@ -69,9 +69,7 @@ class HolderFile(Table):
         Folder that relative paths in the file start from.
     """
 
-    name: str = Field(
-        min_length=1, max_length=64, pattern=r"^[\w.-]+$", description="The holder's name, as the ledger writes it."
-    )
+    name: Name = Field(description="The holder's name, as the ledger writes it.")
     server: str | None = Field(
         None, pattern=r"^\S+:[0-9]+$", description="Address of the coordinator, `fl.example.org:8443`. For `join`."
     )
@@ -226,7 +224,7 @@ def _budget(parts: _Parts, _: Path) -> Iterator[str]:
             yield fault(f"budget.per_run.{name}", value, f"it must be at most budget.{name}, {most:g}", "Lower it.")
     others = budget.disjoint_from
     for index, other in enumerate(others):
-        if not re.fullmatch(r"[\w.-]{1,64}", other):
+        if not is_name(other):
             yield fault(
                 f"budget.disjoint_from[{index}]", other, "it must be the name of a domain",
                 "Name a budget.domain of this holder.",

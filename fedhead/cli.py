@@ -214,6 +214,25 @@ def budget(
     emit(found, as_json, lambda: show_budgets(found))
 
 
+@app.command()
+def keys(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the keys; made if it isn't there.")],
+    holders: Annotated[
+        list[str] | None, typer.Argument(metavar="HOLDER...", help="Data holders that get a key. Default: show DIR.")
+    ] = None,
+    hosts: Annotated[
+        list[str] | None, typer.Option("--host", help="Name or address of the server. Default: localhost, 127.0.0.1.")
+    ] = None,
+    days: Annotated[int, typer.Option(help="How long certificates are valid.")] = 365,
+    as_json: JsonOption = False,
+) -> None:
+    """A certificate authority, the server's certificate, and a key pair for each data holder; overwrites nothing."""
+    from fedhead.server.keys import describe_keys, make_keys, show_keys
+
+    found = make_keys(folder, holders, hosts=hosts, days=days) if holders else describe_keys(folder)
+    emit(found, as_json, lambda: show_keys(found))
+
+
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:

@@ -1,8 +1,8 @@
 """`fedhead audit mechanism`: canaries through the production training path of a recipe.
 
 What runs is what a data holder runs: the same request, streams, trainer and optimizer, and for some rounds the whole
-way from the request to what leaves. Around it stand the auditor's own coins and heads, an independent reference for every
-clipped sum, and tests whose rules were fixed before any result was seen.
+way from the request to what leaves. Around it stand the auditor's own coins and heads, an independent reference for
+every clipped sum, and tests whose rules were fixed before any result was seen.
 
     subject.py    the recipe's production path, ready to be asked
     judging.py    bounds, tests and verdicts

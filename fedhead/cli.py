@@ -275,6 +275,8 @@ def main() -> NoReturn:
     except Exception as error:
         usage = getattr(error, "format_message", None)
         if usage is not None:
+            if not usage():  # no arguments: the help has been printed
+                sys.exit(2)
             _fail(f'{usage()} "fedhead --help" shows what can be given.', 2)
         if debug:
             raise

@@ -28,7 +28,7 @@ def read_marks(path: Path) -> dict[str, Mark]:
         return {str(name): Mark(int(sequence), str(hashed)) for name, (sequence, hashed) in rows.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(
             f'"{path}" can\'t be read: it must be what fedhead wrote. Restore it from a copy; removing it lets an '
             "older copy of a holder's ledger go unnoticed."

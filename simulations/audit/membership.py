@@ -124,7 +124,7 @@ def audit_membership(
     started = time.perf_counter()
     config = recipe if isinstance(recipe, RunConfig) else find_recipe(recipe)
     name = name or ("run" if isinstance(recipe, RunConfig) else Path(str(recipe)).stem)
-    _check(config, models)
+    check_settings(config, models)
     with tempfile.TemporaryDirectory() as work:
         try:
             with at_work(config, Path(work) / "heads", name, progress_listener) as folder:
@@ -173,7 +173,13 @@ def audit_membership(
     }
 
 
-def _check(config: RunConfig, models: int | None) -> None:
+def check_settings(config: RunConfig, models: int | None) -> None:
+    """Refuse what the attack can't be made on.
+
+    Raises
+    ------
+    InputError
+    """
     if config.privacy.unit == "holder":
         raise InputError(
             'privacy.unit is "holder": the attack asks whether a record or a person was trained on. Set it to record '

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from fedhead.common import progress
 from fedhead.common.config import RunConfig, builtin_recipes, find_recipe, make_config
 from fedhead.common.errors import InputError
+from fedhead.common.privacy.audit.findings import Check
 from fedhead.common.results import Result
 from fedhead.simulations.audit.ledgers import audit_ledgers
 from fedhead.simulations.audit.mechanism import NotAudited, audit_mechanism, check_seed
-from fedhead.simulations.audit.membership import audit_membership
+from fedhead.simulations.audit.membership import audit_membership, check_settings
 from fedhead.simulations.audit.page import now, passed, write_page
 
 FILE: Final = "audit.html"
@@ -65,7 +67,12 @@ def audit_run(
     check_seed(seed)
     result = Result.read(folder)
     config = config_of(result, recipe)
+    if membership:
+        check_settings(config, None)  # before the work
     ledger = audit_ledgers([folder / "holders"], delta=config.privacy.delta)
+    agrees = same_run(result, ledger)
+    ledger["checks"].append(agrees.to_dict())
+    ledger["passed"] = ledger["passed"] and agrees.passed
     found: dict[str, Any] = {
         "name": result.name, "created": now(), "ledger": ledger, "mechanism": None, "membership": None,
     }  # fmt: skip
@@ -78,6 +85,38 @@ def audit_run(
     found["passed"] = passed(found) is not False
     write_page(found, path)
     return found, path
+
+
+def same_run(result: Result, ledger: Mapping[str, Any]) -> Check:
+    """Whether some run in each holder's ledger charged what the result says that the holder released."""
+    missing = []
+    for spend in result.privacy:
+        if spend["mechanism"] == "none" or spend["unit"] == "holder":  # charged nowhere, or by the server
+            continue
+        runs: dict[str, set[str]] = {}
+        for holder in ledger["holders"]:
+            if holder["holder"] == spend["holder"]:
+                for domain in holder["domains"]:
+                    for row in domain["releases"]:
+                        runs.setdefault(row["run"], set()).add(_line(row["round"], row["event"]))
+        said = {_line(event["round"], event) for event in spend["events"]}
+        if not any(said <= charged for charged in runs.values()):
+            missing.append(spend["holder"])
+    return Check(
+        "result",
+        "The run's result, against the ledgers",
+        not missing,
+        f"{len(result.privacy) - len(missing)} of {len(result.privacy)} holders",
+        "What the result says that each holder released is what some run in its ledger was charged with."
+        if not missing
+        else f"The result says that {missing[0]} released what no run in its ledger was charged with: it is another "
+        "run's ledger, or the result was changed.",
+    )
+
+
+def _line(number: object, event: Mapping[str, Any]) -> str:
+    numbers = [event.get(name) for name in ("mechanism", "noise_multiplier", "sample_rate", "steps", "clipping_norm")]
+    return repr((number, *numbers))
 
 
 def config_of(result: Result, recipe: str | Path | None = None) -> RunConfig:

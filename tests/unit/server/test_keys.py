@@ -26,7 +26,12 @@ from fedhead.server.key_files import PUBLIC, KeyFolder
 from fedhead.server.key_pairs import fingerprint
 from fedhead.server.keys import _make, describe_keys, make_keys
 
-NOW = datetime.now(UTC)
+
+def now() -> datetime:
+    """Asked anew: a test may run long after this file was read."""
+    return datetime.now(UTC)
+
+
 TLS_FILES = {"ca.key", "ca.crt", "server.key", "server.crt"}
 
 
@@ -114,19 +119,19 @@ def test_another_authority_is_refused(folder, tmp_path):
 
 
 def test_an_ended_certificate_is_refused(folder):
-    _make(folder, ["ann"], None, 3650, NOW - timedelta(days=400))
+    _make(folder, ["ann"], None, 3650, now() - timedelta(days=400))
     assert connects(folder, folder / "ca.crt", "localhost")
     (folder / "server.crt").unlink()
-    _make(folder, ["ann"], None, 30, NOW - timedelta(days=40))
+    _make(folder, ["ann"], None, 30, now() - timedelta(days=40))
     with pytest.raises(ssl.SSLCertVerificationError, match="certificate has expired"):
         connects(folder, folder / "ca.crt", "localhost")
     assert describe_keys(folder)["server"]["state"] == "ended"
 
 
 def test_a_clock_that_is_a_little_behind_is_allowed_for(folder, tmp_path):
-    _make(folder, ["ann"], None, 30, NOW + timedelta(minutes=4))
+    _make(folder, ["ann"], None, 30, now() + timedelta(minutes=4))
     assert connects(folder, folder / "ca.crt", "localhost")
-    _make(tmp_path / "later", ["ann"], None, 30, NOW + timedelta(minutes=20))
+    _make(tmp_path / "later", ["ann"], None, 30, now() + timedelta(minutes=20))
     with pytest.raises(ssl.SSLCertVerificationError, match="not yet valid"):
         connects(tmp_path / "later", tmp_path / "later" / "ca.crt", "localhost")
 
@@ -141,10 +146,10 @@ def test_the_chain_holds_by_a_second_implementation(folder, tmp_path):
         PolicyBuilder().store(Store([root])).time(at).build_server_verifier(subject).verify(server, [])
 
     for subject in (x509.DNSName("localhost"), x509.IPAddress(ip_address("10.1.2.3"))):
-        verify(ca, subject, NOW)
+        verify(ca, subject, now())
         for root, wrong, at in (
-            (other, subject, NOW), (ca, x509.DNSName("example.org"), NOW), (ca, subject, NOW + timedelta(days=41)),
-            (ca, subject, NOW - timedelta(minutes=6)),
+            (other, subject, now()), (ca, x509.DNSName("example.org"), now()), (ca, subject, now() + timedelta(days=41)),
+            (ca, subject, now() - timedelta(minutes=6)),
         ):  # fmt: skip
             with pytest.raises(VerificationError):
                 verify(root, wrong, at)
@@ -352,7 +357,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(folder, spoil, word
 
 
 def test_an_ended_authority_signs_nothing(folder):
-    _make(folder, ["ann"], None, 10, NOW - timedelta(days=20))
+    _make(folder, ["ann"], None, 10, now() - timedelta(days=20))
     make_keys(folder, ["ben"])  # needs no signature
     (folder / "server.crt").unlink()
     with pytest.raises(InputError, match=r"ca\.crt ended on") as caught:

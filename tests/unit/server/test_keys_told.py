@@ -18,7 +18,10 @@ from fedhead.common.failpoints import installed
 from fedhead.server.certificates import host_name
 from fedhead.server.keys import _make, describe_keys, make_keys, show_keys
 
-NOW = datetime.now(UTC)
+
+def now() -> datetime:
+    """Asked anew: a test may run long after this file was read."""
+    return datetime.now(UTC)
 
 
 @pytest.fixture
@@ -155,7 +158,7 @@ def test_a_full_disk_is_one_line(folder, point):
 
 
 def test_what_is_there_is_described(folder):
-    _make(folder, ["ann"], None, 3650, NOW)
+    _make(folder, ["ann"], None, 3650, now())
     (folder / "server.crt").unlink()
     found = make_keys(folder, ["ann"], days=29)
     told = describe_keys(folder)

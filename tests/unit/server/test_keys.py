@@ -148,9 +148,11 @@ def test_the_chain_holds_by_a_second_implementation(folder, tmp_path):
     for subject in (x509.DNSName("localhost"), x509.IPAddress(ip_address("10.1.2.3"))):
         verify(ca, subject, now())
         for root, wrong, at in (
-            (other, subject, now()), (ca, x509.DNSName("example.org"), now()), (ca, subject, now() + timedelta(days=41)),
+            (other, subject, now()),
+            (ca, x509.DNSName("example.org"), now()),
+            (ca, subject, now() + timedelta(days=41)),
             (ca, subject, now() - timedelta(minutes=6)),
-        ):  # fmt: skip
+        ):
             with pytest.raises(VerificationError):
                 verify(root, wrong, at)
 

@@ -47,6 +47,7 @@ from fedhead.simulations.audit.subject import (
 )
 from fedhead.simulations.faults import plainly
 from fedhead.simulations.logs import HoldersLog
+from fedhead.simulations.simulate import threads
 
 __all__ = ["NotAudited", "audit_mechanism", "check_seed", "why_not"]
 
@@ -111,7 +112,8 @@ def audit_mechanism(
         subject = make_subject(config, records, seed, default_cache() if cache is None else cache)
         generator = np.random.default_rng(seed)
         crafted = canaries_for(subject, canaries, generator)
-        with refusals():
+        # one thread: thousands of small operations, in which several threads mostly wait for each other
+        with refusals(), threads(True):
             seen = _look(subject, crafted, generator, seed)
     bounds, checks = verdicts(subject, seen)
     return {

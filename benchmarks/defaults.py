@@ -36,7 +36,7 @@ from fedhead.common.preparation import make_trainable
 from fedhead.common.privacy.noise import simulation_streams
 from fedhead.common.tasks import make_task
 from fedhead.server import requests
-from fedhead.server.app import declared_records
+from fedhead.server.desk import declared_records
 from fedhead.server.evaluation import outputs_of
 from fedhead.simulations.federation import federate
 from fedhead.simulations.prepared import Prepared, prepare

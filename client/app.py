@@ -7,6 +7,7 @@ holder's own log gets the rest.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedhead.client.metrics import noised_count
+from fedhead.client.timing import over, wait_until
 from fedhead.client.together import Member
 from fedhead.client.training import CHUNK, StepPlan
 from fedhead.client.workplace import Workplace, workplace_of
@@ -21,6 +23,7 @@ from fedhead.common import protocol
 from fedhead.common.errors import FedheadError, InputError, Refused
 from fedhead.common.failpoints import reach
 from fedhead.common.preparation import Labelled
+from fedhead.common.privacy.events import Event, NoPrivacyEvent
 from fedhead.common.privacy.lattice import check_weights
 from fedhead.common.privacy.ledger import LedgerError, Mark
 from fedhead.common.privacy.noise import Streams
@@ -31,6 +34,7 @@ from fedhead.common.refusals import (
     NO_METRICS,
     NOT_READY,
     OTHER_MODEL,
+    STALE_ROUND,
     TRAINING_FAILED,
     refusal,
 )
@@ -48,22 +52,43 @@ app = ClientApp()
 
 @app.query()
 def hello(message: Message, context: Context) -> Message:
-    """Say which holder this is."""
+    """Say which holder this is, once its records are open and their features are there."""
+    arrived = time.monotonic()
     try:
-        _, name, _ = workplace_of(context)
-        return protocol.hello(message, name)
+        workplace, name, _ = workplace_of(context)
     except Exception as fault:  # the boundary: an exception's own text may hold private data
         return _not_ready(message, fault)
+    _pad(workplace, context, arrived)
+    return protocol.hello(message, name)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round: check, admit, train, release."""
+    arrived = time.monotonic()
+    deployed = bool(context.node_config.get("holder"))
+    if deployed and over(message):  # before records are opened, which may take long
+        return protocol.refuse(message, refusal(STALE_ROUND), "")
     try:
         workplace, name, records = workplace_of(context)
     except Exception as fault:  # the boundary: an exception's own text may hold private data
         return _not_ready(message, fault)
+    reply = _reply(message, workplace, name, records, deployed)
+    _pad(workplace, context, arrived)
+    return reply
+
+
+def _pad(workplace: Workplace, context: Context, arrived: float) -> None:
+    """Hold a deployed holder's answer back until the time that its own file says."""
+    limits = workplace.admission.limits
+    if context.node_config.get("holder") and limits is not None:
+        wait_until(arrived, limits.reply_at)
+
+
+def _reply(message: Message, workplace: Workplace, name: str, records: Labelled, deployed: bool) -> Message:
     try:
+        if deployed and over(message):
+            raise refusal(STALE_ROUND)
         asked = protocol.read_request(message)
         check(asked.request, workplace)
         # One trained part serves all holders of a process, one holder at a time.
@@ -209,7 +234,9 @@ def _train(workplace: Workplace, name: str, records: Labelled, asked: Asked, str
             request.metrics_noise,
             streams.noise(request.local_steps),
         )
-    event = plan.event()
+    event: Event = plan.event()
+    if streams.seeded and not workplace.admission.simulated:
+        event = NoPrivacyEvent(event.steps)  # whoever sent the seed can take the noise off
     finished = workplace.together.take((name, asked.digest))
     if finished is None:
         workplace.trainer.round(records.features, records.targets, plan, streams)

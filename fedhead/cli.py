@@ -18,6 +18,7 @@ import typer
 from fedhead import __version__
 from fedhead.audit_cli import audit
 from fedhead.common.errors import FedheadError, InputError
+from fedhead.deploy_cli import COMMANDS
 from fedhead.output import JsonOption, SetOption, emit
 
 app = typer.Typer(
@@ -182,23 +183,6 @@ def predict(
 
 
 @app.command()
-def check(
-    holder: Annotated[Path, typer.Argument(metavar="HOLDER", help="A data holder's own file, holder.toml.")],
-    as_json: JsonOption = False,
-) -> None:
-    """Whether a data holder is ready: data, persons, limits, ledger, budget left. Joins nothing.
-
-    Numbers of records are for the holder alone. Status 1 when something has to be changed, 2 for a file with faults.
-    """
-    from fedhead.client.checking import check_holder, show_report
-
-    report = check_holder(holder)
-    emit(report.to_dict(), as_json, lambda: show_report(report))
-    if not report.good:
-        raise typer.Exit(1)
-
-
-@app.command()
 def budget(
     ledgers: Annotated[list[Path], typer.Argument(metavar="LEDGER...", help="Ledgers, or folders that hold some.")],
     delta: Annotated[float | None, typer.Option(help="State epsilon at this delta. Default: each budget's.")] = None,
@@ -214,23 +198,8 @@ def budget(
     emit(found, as_json, lambda: show_budgets(found))
 
 
-@app.command()
-def keys(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the keys; made if it isn't there.")],
-    holders: Annotated[
-        list[str] | None, typer.Argument(metavar="HOLDER...", help="Data holders that get a key. Default: show DIR.")
-    ] = None,
-    hosts: Annotated[
-        list[str] | None, typer.Option("--host", help="Name or address of the server. Default: localhost, 127.0.0.1.")
-    ] = None,
-    days: Annotated[int, typer.Option(help="How long certificates are valid.")] = 365,
-    as_json: JsonOption = False,
-) -> None:
-    """A certificate authority, the server's certificate, and a key pair for each data holder; overwrites nothing."""
-    from fedhead.server.keys import describe_keys, make_keys, show_keys
-
-    found = make_keys(folder, holders, hosts=hosts, days=days) if holders else describe_keys(folder)
-    emit(found, as_json, lambda: show_keys(found))
+for _command in COMMANDS:
+    app.command()(_command)
 
 
 @app.callback(invoke_without_command=True)

@@ -6,11 +6,13 @@ Run config: `recipe` (JSON, a file, or a built-in recipe's name), `out` (folder 
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from flwr.app import ArrayRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -19,21 +21,18 @@ from torch import Tensor
 
 from fedhead import __version__
 from fedhead.common import progress, protocol
-from fedhead.common.config import RunConfig, find_recipe, from_json
 from fedhead.common.errors import RunError
-from fedhead.common.models.backbones import Backbone
 from fedhead.common.models.saved import save_model
-from fedhead.common.models.trainable import Trainable
-from fedhead.common.preparation import Labelled, default_cache, featurize, load_backbone_for, make_trainable, read_split
 from fedhead.common.results import Result
-from fedhead.common.tasks import Task, make_task
 from fedhead.server.central import central_of
 from fedhead.server.checkpoints import Checkpoint, memory_of, remember
 from fedhead.server.cohorts import Cohorts
+from fedhead.server.desk import Desk, offered, prepare
 from fedhead.server.evaluation import Evaluator
 from fedhead.server.marks import read_marks, write_marks
 from fedhead.server.metrics import estimate
 from fedhead.server.requests import Plan, make_plan
+from fedhead.server.roster import Everybody, Roster
 from fedhead.server.rounds import RoundRecord, Rounds, around
 from fedhead.server.spending import account
 from fedhead.server.strategies import strategy_class
@@ -43,49 +42,12 @@ app = ServerApp()
 HELLO_SECONDS = 600.0
 
 
-@dataclass(frozen=True)
-class Desk:
-    """What the coordinator needs besides the grid; a simulation prepares it, any other process makes it itself.
-
-    Attributes
-    ----------
-    digest : str
-        Of the backbone.
-    declared : (int, str)
-        Divisor of every holder's gradient sum, and where it comes from.
-    simulated : bool
-        Whether noise that the server adds (unit `holder`) may come from the recipe's seed.
-    """
-
-    config: RunConfig
-    backbone: Backbone
-    task: Task
-    trainable: Trainable
-    test: Labelled
-    declared: tuple[int, str]
-    timing: dict[str, float] = field(default_factory=dict)
-    simulated: bool = False
-
-
-_DESKS: dict[str, Desk] = {}
-
-
-def offer(key: str, desk: Desk) -> None:
-    """Keep a desk that a simulation prepared; `key` is the recipe as `to_json` writes it."""
-    _DESKS[key] = desk
-
-
-def withdraw(key: str) -> None:
-    """Forget a desk."""
-    _DESKS.pop(key, None)
-
-
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run all rounds; leaves `result.json` and `model/` in the folder `out`."""
     key = str(context.run_config["recipe"])
     out = Path(str(context.run_config.get("out", "")) or "runs/latest")
-    desk = _DESKS.get(key) or prepare(key, str(context.run_config.get("cache", "")))
+    desk = offered(key) or prepare(key, str(context.run_config.get("cache", "")))
     resumed = Checkpoint.read(out, key) if context.run_config.get("resume") else None
     marks = str(context.run_config.get("marks", ""))
     outcome = Coordinator(desk, grid, key, out, resumed, Path(marks) if marks else None).run()
@@ -99,6 +61,30 @@ class Outcome:
 
     result: Result
     head: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """How the rounds of a deployment are held.
+
+    Attributes
+    ----------
+    names : sequence of str
+        All registered holders: what cohorts are made of, whoever is connected.
+    roster : Roster
+    least : int
+        Fewest updates that make a new head.
+    deadline : float
+        Seconds that a round may take.
+    told : callable
+        Called after every round with the rounds so far, and the last metrics.
+    """
+
+    names: Sequence[str]
+    roster: Roster
+    least: int
+    deadline: float
+    told: Callable[[Rounds, Mapping[str, float]], None]
 
 
 class Coordinator:
@@ -116,13 +102,23 @@ class Coordinator:
         Where to go on.
     marks : Path, optional
         File that remembers the holders' ledgers between runs.
+    deployed : Deployed, optional
+        Holders that come and go, and a checkpoint after every round. Left out, all holders are there from the first
+        message to the last, and checkpoints are written with the evaluations.
     """
 
     def __init__(
-        self, desk: Desk, grid: Grid, key: str, out: Path, resumed: Checkpoint | None = None, marks: Path | None = None
+        self,
+        desk: Desk,
+        grid: Grid,
+        key: str,
+        out: Path,
+        resumed: Checkpoint | None = None,
+        marks: Path | None = None,
+        deployed: Deployed | None = None,
     ) -> None:
         self.desk, self.grid, self.config = desk, grid, desk.config
-        self.key, self.out, self.resumed, self.marks = key, out, resumed, marks
+        self.key, self.out, self.resumed, self.marks, self.deployed = key, out, resumed, marks, deployed
         self.metrics: dict[int, dict[str, float]] = {} if resumed is None else dict(resumed.metrics)
         self.evaluation_seconds = 0.0
         self.evaluator = Evaluator(desk.trainable, desk.task, desk.test)
@@ -130,9 +126,13 @@ class Coordinator:
     def run(self) -> Outcome:
         """All rounds, then the result."""
         started = time.perf_counter()
-        nodes = self._greet()
-        config = self.config
-        cohorts = Cohorts(sorted(nodes), config.holders.per_round or len(nodes), config.run.seed)
+        config, deployed = self.config, self.deployed
+        if deployed is None:
+            nodes = self._greet()
+            names, roster = sorted(nodes), cast(Roster, Everybody(nodes))
+        else:
+            names, roster = sorted(deployed.names), deployed.roster
+        cohorts = Cohorts(names, config.holders.per_round or len(names), config.run.seed)
         plan = make_plan(
             config,
             uuid.uuid4().hex if self.resumed is None else self.resumed.run,
@@ -141,40 +141,59 @@ class Coordinator:
             cohorts.participations(config.training.rounds),
         )
         like = {name: value.detach().clone() for name, value in self.desk.trainable.trained().items()}
-        rounds = Rounds(cohorts, nodes, plan.request, like, uniform=config.strategy.weights == "uniform")
+        rounds = Rounds(cohorts, roster, plan.request, like, uniform=config.strategy.weights == "uniform")
+        rounds.run = plan.run
+        if deployed is not None:
+            rounds.least, rounds.deadline = deployed.least, deployed.deadline
         rounds.central = central_of(config, plan.noise_multiplier, cohorts.holders, self.out, self.desk.simulated)
-        if self.marks is not None:
-            rounds.marks.update(read_marks(self.marks))
-        strategy = around(*strategy_class(config.strategy), rounds)
-        first = dict(like)
-        if self.resumed is not None:
-            first = {name: self.resumed.head[name] for name in like}
-            rounds.history.extend(self.resumed.history)
-            rounds.done = self.resumed.round
-            rounds.marks.update(self.resumed.marks)
-            remember(strategy, self.resumed.memory)
-
-        def after_round(number: int, arrays: ArrayRecord) -> MetricRecord | None:
-            self._evaluate(rounds.done + number, arrays)
-            if number and (rounds.done + number) in self.metrics and rounds.done + number < config.training.rounds:
-                self._checkpoint(rounds, strategy, plan, protocol.from_arrays(arrays, like))
-            return None
-
         try:
-            found = strategy.start(
-                grid=self.grid,
-                initial_arrays=protocol.to_arrays(first),
-                num_rounds=config.training.rounds - rounds.done,
-                evaluate_fn=after_round,
-            )
+            head = self._rounds(rounds, plan, self._strategy(rounds), like)
         finally:
             if self.marks is not None:
                 write_marks(self.marks, rounds.marks)
             if rounds.central is not None:
                 rounds.central.close()
-        head = protocol.from_arrays(found.arrays, like)
         final = self.evaluator(head)
         return Outcome(self._result(rounds, plan, final, time.perf_counter() - started), head)
+
+    def _strategy(self, rounds: Rounds) -> FedAvg:
+        """The recipe's strategy, with what it and the rounds remember of an earlier start."""
+        if self.marks is not None:
+            rounds.marks.update(read_marks(self.marks))
+        strategy = around(*strategy_class(self.config.strategy), rounds)
+        if self.resumed is not None:
+            rounds.history.extend(self.resumed.history)
+            rounds.done = self.resumed.round
+            rounds.marks.update(self.resumed.marks)
+            remember(strategy, self.resumed.memory)
+        return strategy
+
+    def _rounds(self, rounds: Rounds, plan: Plan, strategy: FedAvg, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Hold the rounds that are left; gives the last head."""
+        config = self.config
+        first = dict(like) if self.resumed is None else {name: self.resumed.head[name] for name in like}
+        last = first
+
+        def after_round(number: int, arrays: ArrayRecord) -> MetricRecord | None:
+            nonlocal last
+            done = rounds.done + number
+            last = protocol.from_arrays(arrays, like)
+            self._evaluate(done, arrays)
+            evaluated = number > 0 and done in self.metrics and done < config.training.rounds
+            if evaluated or self.deployed is not None:
+                self._checkpoint(rounds, strategy, plan, last, done)
+            if self.deployed is not None:
+                self.deployed.told(rounds, self.metrics.get(max(self.metrics, default=0), {}))
+            return None
+
+        found = strategy.start(
+            grid=self.grid,
+            initial_arrays=protocol.to_arrays(first),
+            num_rounds=config.training.rounds - rounds.done,
+            evaluate_fn=after_round,
+            timeout=math.inf if rounds.deadline is None else rounds.deadline,
+        )
+        return protocol.from_arrays(found.arrays, like) if found.arrays else last
 
     def _greet(self) -> dict[str, int]:
         """Ask every node which holder it is: name -> node id."""
@@ -194,11 +213,12 @@ class Coordinator:
             )
         return nodes
 
-    def _checkpoint(self, rounds: Rounds, strategy: FedAvg, plan: Plan, head: dict[str, Tensor]) -> None:
-        done = rounds.history[-1].round
+    def _checkpoint(self, rounds: Rounds, strategy: FedAvg, plan: Plan, head: dict[str, Tensor], done: int) -> None:
         memory = memory_of(strategy)
         found = Checkpoint(self.key, plan.run, done, head, memory, rounds.history, self.metrics, rounds.marks)
         found.write(self.out)
+        if self.marks is not None and self.deployed is not None:
+            write_marks(self.marks, rounds.marks)
 
     def _evaluate(self, number: int, arrays: ArrayRecord) -> None:
         rounds = self.config.training.rounds
@@ -264,30 +284,3 @@ class Coordinator:
             },
             notes=[],
         )
-
-
-def prepare(recipe: str, cache: str) -> Desk:
-    """A desk from the recipe alone."""
-    config = from_json(recipe) if recipe.lstrip().startswith("{") else find_recipe(recipe)
-    split = read_split(config)
-    backbone, seconds = load_backbone_for(config, split.train)
-    task = make_task(config.task)
-    folder = Path(cache) if cache else default_cache()
-    test = featurize(config, backbone, split.test, folder, "test features")
-    declared = declared_records(config, split.units)
-    return Desk(
-        config, backbone, task, make_trainable(config, backbone, task), test, declared, {"load_seconds": seconds}
-    )
-
-
-def declared_records(config: RunConfig, simulated: int) -> tuple[int, str]:
-    """The divisor of every holder's gradient sum, and where it comes from.
-
-    In a simulation that doesn't declare one, it is the mean number of records a holder, rounded up to two digits: good
-    for trying things out, and marked in the result, because a deployment must declare a public constant.
-    """
-    if config.data.declared_records is not None:
-        return config.data.declared_records, "recipe"
-    mean = max(1, -(-simulated // config.holders.count))
-    unit = 10 ** max(0, len(str(mean)) - 2)
-    return -(-mean // unit) * unit, "simulated data"

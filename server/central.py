@@ -32,7 +32,7 @@ from fedhead.common.errors import Refused, RunError
 from fedhead.common.privacy.clipping import SHRINK
 from fedhead.common.privacy.events import GaussianEvent
 from fedhead.common.privacy.filters import Terms
-from fedhead.common.privacy.ledger import Declaration, Denied, Ledger, Reservation
+from fedhead.common.privacy.ledger import Declaration, Denied, Ledger, Repeated, Reservation
 from fedhead.common.privacy.noise import Streams, simulation_streams, system_streams
 from fedhead.common.protocol import RoundRequest
 from fedhead.server.planned import central
@@ -185,6 +185,11 @@ class Central:
         )
         granted = []
         for name, outcome in zip(asked, outcomes, strict=True):
+            if isinstance(outcome, Repeated) and self.seed is None:
+                raise RunError(
+                    f"round {request.round} was released before, by the server's own ledger: noise drawn anew would be "
+                    "another release, and none was drawn. Start the run anew in another folder."
+                )
             if not isinstance(outcome, Denied):
                 granted.append((name, outcome.sequence))
             # a run that was stopped repeats rounds after its checkpoint; from the same seed they are no new release

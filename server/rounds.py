@@ -26,8 +26,10 @@ from fedhead.common.protocol import RoundRequest
 from fedhead.common.refusals import INVALID_REQUEST, UNSPENT
 from fedhead.server.central import Central
 from fedhead.server.cohorts import Cohorts
+from fedhead.server.roster import Roster
 
 ROUNDS_WITHOUT_UPDATE = 3
+ABSENT, SILENT = "not connected when the round began", "no reply in time"
 
 
 @dataclass
@@ -54,8 +56,8 @@ class Rounds:
     Attributes
     ----------
     cohorts : Cohorts
-    nodes : mapping
-        Holder's name -> Flower's node id.
+    roster : Roster
+        Who of a cohort can be asked, and at which node.
     request : callable
         Round -> its request.
     like : mapping
@@ -69,10 +71,16 @@ class Rounds:
         its ledger was replaced by an older copy.
     central : Central, optional
         Unit `holder`: clips and noises the updates before the strategy sees them.
+    least : int
+        Fewest updates that make a new head; a round with fewer leaves it as it was.
+    run : str
+        Identifier of the run, as the ledgers have it.
+    deadline : float or None
+        Seconds after which a round is over: replies that come later don't count, and a holder doesn't begin it.
     """
 
     cohorts: Cohorts
-    nodes: Mapping[str, int]
+    roster: Roster
     request: Callable[[int], RoundRequest]
     like: Mapping[str, Tensor]
     uniform: bool = False
@@ -80,17 +88,19 @@ class Rounds:
     history: list[RoundRecord] = field(default_factory=list)
     marks: dict[str, Mark] = field(default_factory=dict)
     central: Central | None = None
+    least: int = 1
+    run: str = ""
+    deadline: float | None = None
 
 
 def around(base: type[FedAvg], options: Mapping[str, Any], rounds: Rounds) -> FedAvg:
     """A strategy of Flower's with our rounds around it; behaves as the base in how updates become the next head."""
     kind = type(f"Rounds{base.__name__}", (_InRounds, base), {})
-    least = min(rounds.cohorts.per_round, len(rounds.nodes))
     strategy: FedAvg = kind(
         fraction_train=1.0,
         fraction_evaluate=0.0,
-        min_train_nodes=least,
-        min_available_nodes=least,
+        min_train_nodes=1,  # who is asked, and how long is waited for them, is the roster's
+        min_available_nodes=1,
         weighted_by_key=protocol.WEIGHT,
         arrayrecord_key=protocol.ARRAYS,
         configrecord_key=protocol.CONFIG,
@@ -121,14 +131,17 @@ class _InRounds(FedAvg):
         """Ask the round's cohort, in the order of the holders' names."""
         server_round += self.rounds.done
         self._started, self._sent = time.perf_counter(), arrays
-        names = self.rounds.cohorts.of_round(server_round)
-        order = {self.rounds.nodes[name]: i for i, name in enumerate(names)}
+        self._nodes = self.rounds.roster.present(self.rounds.cohorts.of_round(server_round))
+        names = sorted(self._nodes)
+        order = {self._nodes[name]: i for i, name in enumerate(names)}
         asked = protocol.round_config(self.rounds.request(server_round))
         cohort: Any = _Cohort(list(order))
         messages = list(super().configure_train(server_round, arrays, asked, cohort))
         messages.sort(key=lambda message: order[message.metadata.dst_node_id])
         for name, message in zip(names, messages, strict=True):
             message.content = protocol.with_mark(message.content, self.rounds.marks.get(name))
+            if self.rounds.deadline is not None:
+                message.metadata.ttl = self.rounds.deadline
         down = protocol.payload_bytes(messages[0].content) * len(messages) if messages else 0
         self.rounds.history.append(RoundRecord(server_round, bytes_down=down))
         return messages
@@ -141,7 +154,11 @@ class _InRounds(FedAvg):
         record = self.rounds.history[-1]
         good = self._usable(list(replies), record)
         record.holders = len(good)
-        if self.rounds.central is not None:
+        if len(good) < self.rounds.least:
+            good = []
+            if self.rounds.central is not None:
+                record.events = {}  # nothing was noised, and nothing of the updates is used
+        elif self.rounds.central is not None:
             asked = self.rounds.cohorts.of_round(server_round)
             good = [self.rounds.central.combine(self.rounds.request(server_round), asked, self._sent, good)]
             record.events = {name: [self.rounds.central.event.to_json()] for name in asked}
@@ -162,19 +179,23 @@ class _InRounds(FedAvg):
 
     def _usable(self, replies: list[Message], record: RoundRecord) -> list[Message]:
         good: list[tuple[str, Message]] = []
-        names = {node: name for name, node in self.rounds.nodes.items()}
+        names = {node: name for name, node in self._nodes.items()}
         wanted = 1 if self.rounds.uniform else self.rounds.request(record.round).declared_records
         spent = _asked(self.rounds.request(record.round))
         heard = {reply.metadata.src_node_id for reply in replies}
+        missed = [name for name in sorted(self._nodes) if self._nodes[name] not in heard]
         for name in self.rounds.cohorts.of_round(record.round):
-            if self.rounds.nodes[name] not in heard:  # it may have released: what was asked counts as spent
-                record.refused.append({"holder": name, "code": 0, "text": "no reply in time"})
+            if name not in self._nodes:
+                record.refused.append({"holder": name, "code": 0, "text": ABSENT})
+            elif name in missed:  # it may have released: what was asked counts as spent
+                record.refused.append({"holder": name, "code": 0, "text": SILENT})
                 record.events[name] = spent
+        self.rounds.roster.missed(missed)
         for reply in replies:
             name = names.get(reply.metadata.src_node_id, str(reply.metadata.src_node_id))
             if reply.has_error():
                 holder, code, text = protocol.read_refusal(reply)
-                if reply.metadata.src_node_id not in names and holder in self.rounds.nodes:
+                if reply.metadata.src_node_id not in names and holder in self._nodes:
                     name = holder  # a node is the holder that it said it was first: nobody spends in another's name
                 record.refused.append({"holder": name, "code": code, "text": text})
                 if code not in UNSPENT:  # it may have been charged, or released: what was asked counts as spent
@@ -205,7 +226,9 @@ class _InRounds(FedAvg):
         if record.holders:
             return
         recent = self.rounds.history[-ROUNDS_WITHOUT_UPDATE:]
-        if len(self.rounds.history) == 1 or (
+        # who was cut off may come back, where anybody may
+        silent = self.rounds.deadline is not None and any(item["text"] in (ABSENT, SILENT) for item in record.refused)
+        if (len(self.rounds.history) == 1 and not silent) or (
             len(recent) == ROUNDS_WITHOUT_UPDATE and not any(past.holders for past in recent)
         ):
             reasons = sorted({f"{item['code']} {item['text']}" for item in record.refused}) or ["no reply"]

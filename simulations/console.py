@@ -88,22 +88,26 @@ def _show_noised(out: Console, result: Result) -> None:
 
 def _show_privacy(out: Console, result: Result) -> None:
     kept = {holder["name"]: holder for holder in result.holders}
+    known = ("records", "accuracy") if kept else ()  # of a deployment's holders nobody but they know them
     table = Table(title="what each holder spent", title_justify="left", pad_edge=False)
-    for name in ("holder", "records", "accuracy", "epsilon", "delta", "counted by"):
+    for name in ("holder", *known, "epsilon", "delta", "counted by"):
         table.add_column(name, justify="left" if name in ("holder", "counted by") else "right")
     entries = result.privacy[:10]
     for entry in entries:
         holder = kept.get(entry["holder"], {})
+        figures = {
+            "records": str(holder.get("records", "")),
+            "accuracy": _number(holder.get("metrics", {}).get("accuracy")),
+        }
         table.add_row(
             entry["holder"],
-            str(holder.get("records", "")),
-            _number(holder.get("metrics", {}).get("accuracy")),
+            *(figures[name] for name in known),
             _epsilon(entry["epsilon"]),
             f"{entry['delta']:g}",
             entry["accountant"],
         )
     if len(result.privacy) > len(entries):
-        table.add_row(f"and {len(result.privacy) - len(entries)} more", "", "", "", "", "")
+        table.add_row(f"and {len(result.privacy) - len(entries)} more", *[""] * (3 + len(known)))
     out.print(table)
     if result.privacy:
         entry = result.privacy[0]

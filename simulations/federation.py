@@ -17,6 +17,7 @@ from fedhead.common.preparation import make_trainable
 from fedhead.common.results import Result
 from fedhead.common.tasks import make_task
 from fedhead.server import app as server_app
+from fedhead.server import desk as desks
 from fedhead.simulations.engine import run_in_process
 from fedhead.simulations.insight import holders_of, notes_of
 from fedhead.simulations.ledgers import MARKS, export, ledger_of
@@ -89,16 +90,16 @@ def federate(
     """
     key = to_json(config)
     task = make_task(config.task)
-    declared = server_app.declared_records(config, prepared.split.units)
+    declared = desks.declared_records(config, prepared.split.units)
     trainable = make_trainable(config, prepared.backbone, task)
     timing = dict(prepared.timing)
-    desk = server_app.Desk(config, prepared.backbone, task, trainable, prepared.test, declared, timing, simulated=True)
+    desk = desks.Desk(config, prepared.backbone, task, trainable, prepared.test, declared, timing, simulated=True)
     run_config = {
         "recipe": key, "out": str(folder), "cache": str(cache or ""), "resume": resume,
         "ledger": "" if ledger is None else str(ledger.absolute()), "marks": str(marks or ""),
     }  # fmt: skip
     mine: workplace.Workplace | None = None
-    server_app.offer(key, desk)
+    desks.offer(key, desk)
     try:
         if engine == "ray":
             from fedhead.simulations.ray_engine import run_on_ray
@@ -116,7 +117,7 @@ def federate(
             workplace.offer(key, mine)
             run_in_process(server_app.app, client_app.app, config.holders.count, run_config, client_app.expect)
     finally:
-        server_app.withdraw(key)
+        desks.withdraw(key)
         workplace.withdraw(key)
         if mine is not None:
             mine.admission.close()

@@ -16,7 +16,7 @@ from fedhead.client.auditing.exchange import Exchanged
 from fedhead.client.auditing.experiment import Observations
 from fedhead.common.privacy.accounting import epsilon, rows_of
 from fedhead.common.privacy.audit import recount
-from fedhead.common.privacy.audit.bounds import clopper_pearson, f_dp, one_run
+from fedhead.common.privacy.audit.bounds import Attack, clopper_pearson, f_dp, one_run
 from fedhead.common.privacy.audit.conformance import residual_questions, retry_question, sample_questions
 from fedhead.common.privacy.audit.curves import claimed_curve
 from fedhead.common.privacy.audit.findings import Check, LowerBound, Question, judge
@@ -74,10 +74,11 @@ def lower_bounds(subject: Subject, seen: Observations) -> list[LowerBound]:
     delta, rows = subject.config.privacy.delta, rows_of(subject.events)
     claim, gaussian = claimed_curve(rows), subject.plan.mechanism == "full-batch"
     claimed = (epsilon(subject.events, delta).epsilon, delta)
+    attack = Attack(seen.scores, seen.included, delta, CONFIDENCE)
     return [
-        one_run(seen.scores, seen.included, delta, claimed=claimed, confidence=CONFIDENCE),
-        f_dp(seen.scores, seen.included, delta, claim=claim, gaussian=gaussian, confidence=CONFIDENCE),
-        clopper_pearson(seen.scores, seen.included, delta, claim=claim, gaussian=gaussian, confidence=CONFIDENCE),
+        one_run(attack, claimed=claimed),
+        f_dp(attack, claim=claim, gaussian=gaussian),
+        clopper_pearson(attack, claim=claim, gaussian=gaussian),
     ]
 
 

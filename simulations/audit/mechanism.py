@@ -15,6 +15,7 @@ import math
 import os
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,10 +27,11 @@ from fedhead.client.auditing.contributions import largest_contribution
 from fedhead.client.auditing.exactness import largest_difference
 from fedhead.client.auditing.exchange import exchange
 from fedhead.client.auditing.experiment import Observations, observe
+from fedhead.client.auditing.setup import Setup
 from fedhead.common import progress
 from fedhead.common.config import RunConfig, find_recipe
 from fedhead.common.errors import InputError
-from fedhead.common.preparation import default_cache
+from fedhead.common.preparation import Labelled, default_cache
 from fedhead.common.privacy.accounting import epsilon
 from fedhead.common.privacy.audit.findings import all_passed
 from fedhead.common.privacy.noise import Streams, system_streams
@@ -132,10 +134,8 @@ def audit_mechanism(
 def _look(subject: Subject, crafted: Canaries, generator: np.random.Generator, seed: int | None) -> Seen:
     """Everything that is run."""
     real = subject.real
-    main = observe(
-        subject.make, subject.task, real.features, real.targets, subject.plan, subject.rounds, subject.streams,
-        canaries=crafted, generator=generator,
-    )  # fmt: skip
+    setup = _setup(subject, real, crafted, generator)
+    main = observe(setup, subject.rounds)
     if not main.signal > 0:
         raise NotAudited(
             f'model.head.kind is "{subject.config.model.head.kind}": no canary has a gradient in it that is a number '
@@ -146,9 +146,8 @@ def _look(subject: Subject, crafted: Canaries, generator: np.random.Generator, s
         # next to no noise is drawn in these, hundreds of times: OpenDP's would take most of the audit's time
         return subject.streams(number) if seed is not None else system_streams(CSPRNG)
 
-    parts = subject.make, subject.task, real.features, real.targets, subject.plan, quick
-    moved = largest_contribution(*parts, canaries=crafted, generator=generator)
-    exact = largest_difference(*parts, canaries=crafted, generator=generator)
+    quiet = replace(setup, streams_for=quick)
+    moved, exact = largest_contribution(quiet), largest_difference(quiet)
     few = {number: _few(subject, number, generator) for number in FEW if number < len(real)}
     with tempfile.TemporaryDirectory(prefix="fedhead-") as folder:
         data = [real, real.slice(0, 1 + len(real) // 2)]
@@ -168,11 +167,15 @@ def _few(subject: Subject, number: int, generator: np.random.Generator) -> Float
     numbers = sum(p.numel() for p in subject.make().trained().values()) * subject.plan.local_steps
     rounds = min(50, math.ceil(VALUES / numbers))
     some = subject.real.slice(0, number)
-    found = observe(
-        subject.make, subject.task, some.features, some.targets, subject.plan, rounds,
-        lambda round: subject.streams(10_000 * number + round), canaries=crafted, generator=generator,
-    )  # fmt: skip
+    setup = _setup(subject, some, crafted, generator)
+    found = observe(replace(setup, streams_for=lambda round: subject.streams(10_000 * number + round)), rounds)
     return found.residuals
+
+
+def _setup(subject: Subject, real: Labelled, crafted: Canaries, generator: np.random.Generator) -> Setup:
+    return Setup(
+        subject.make, subject.task, real.features, real.targets, subject.plan, subject.streams, crafted, generator
+    )
 
 
 def described(subject: Subject, crafted: Canaries, seen: Observations, name: str) -> dict[str, Any]:

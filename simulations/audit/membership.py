@@ -35,8 +35,8 @@ from fedhead.common.privacy.audit.curves import claimed_curve
 from fedhead.common.privacy.events import event_of
 from fedhead.common.results import Result
 from fedhead.common.tasks import make_task
-from fedhead.server.app import declared_records
 from fedhead.server.cohorts import most_participations
+from fedhead.server.desk import declared_records
 from fedhead.server.evaluation import load_state, outputs_of
 from fedhead.server.planned import planned_noise
 from fedhead.simulations.audit.likelihood import Interval, area, attack_scores, curve_points, rate_at

@@ -23,7 +23,7 @@ from fedhead.common.privacy.events import Event
 from fedhead.common.privacy.noise import Streams
 from fedhead.common.protocol import RoundRequest
 from fedhead.common.tasks import Task, make_task
-from fedhead.server.app import declared_records
+from fedhead.server.desk import declared_records
 from fedhead.server.requests import make_plan
 from fedhead.simulations.afford import most_asked
 

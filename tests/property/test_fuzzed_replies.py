@@ -34,6 +34,7 @@ from fedhead.common.refusals import (
 from fedhead.server import rounds as rounds_module
 from fedhead.server.cohorts import Cohorts
 from fedhead.server.metrics import estimate
+from fedhead.server.roster import Everybody
 from fedhead.server.rounds import Rounds, around
 from fedhead.server.spending import account
 
@@ -135,7 +136,7 @@ def costs(texts):
 def play(holders):
     """One round with these replies, and everything that must be true of it."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-    rounds = Rounds(Cohorts(NAMES, len(NAMES), 0), NODES, request_of, LIKE)
+    rounds = Rounds(Cohorts(NAMES, len(NAMES), 0), Everybody(NODES), request_of, LIKE)
     rounds.marks = {name: Mark(1, "f" * 64) for name in NAMES}
     strategy = around(FedAvg, {}, rounds)
     sent = protocol.to_arrays(LIKE)

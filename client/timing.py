@@ -1,0 +1,32 @@
+"""When a deployed holder answers: not a round that is over, and not sooner than its own file says."""
+
+from __future__ import annotations
+
+import time
+
+from flwr.app import Message
+
+
+def over(message: Message) -> bool:
+    """Whether the time that the server gave for an answer has passed, by this machine's clock.
+
+    An answer would not count any more, so that training, and the budget it takes, would be for nothing.
+    """
+    return time.time() > message.metadata.created_at + message.metadata.ttl
+
+
+def wait_until(arrived: float, reply_at: float) -> None:
+    """Return `reply_at` seconds after `arrived`, or at once where they have passed.
+
+    How long an answer takes then says nothing about the records, as long as the training is done by that time.
+
+    Parameters
+    ----------
+    arrived : float
+        What `time.monotonic` said when the request came.
+    reply_at : float
+        Seconds; 0 for no wait.
+    """
+    left = arrived + reply_at - time.monotonic()
+    if left > 0:
+        time.sleep(left)

@@ -1,0 +1,1 @@
+"""Starting a run on a SuperLink, and carrying it out as its ServerApp."""

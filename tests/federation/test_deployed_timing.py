@@ -1,0 +1,83 @@
+"""A deployed holder and time: what is over is refused and costs nothing, and an answer doesn't leave too soon."""
+
+import time
+
+import pytest
+
+from fedhead.client import app as client_app
+from fedhead.client import timing
+from fedhead.common import protocol, refusals
+from fedhead.common.privacy.events import NoPrivacyEvent, from_json
+
+
+def test_a_round_that_is_over_is_refused_before_anything_is_spent(deployed):
+    holder = deployed()
+    message = holder.message(holder.request())
+    message.metadata.ttl, message.metadata.created_at = 10.0, time.time() - 11
+    assert holder.code_of(holder.send(message)) == refusals.STALE_ROUND
+    assert not holder.ledger.exists()  # nothing was opened for it
+    assert not holder.ask().has_error()
+    again = holder.message(holder.request(round=2))
+    again.metadata.ttl, again.metadata.created_at = 10.0, time.time() - 11
+    assert holder.code_of(holder.send(again)) == refusals.STALE_ROUND
+    assert holder.spent() == pytest.approx(1 / 400)
+
+
+def test_a_round_that_is_over_once_the_records_are_open_is_refused(deployed, monkeypatch):
+    holder = deployed()
+    asked = iter([False, True])
+    monkeypatch.setattr(client_app, "over", lambda message: next(asked))
+    assert holder.code_of(holder.ask()) == refusals.STALE_ROUND
+    assert holder.spent() == 0
+
+
+@pytest.mark.parametrize("kind", ["train", "refused", "query"])
+def test_no_answer_leaves_before_its_time(deployed, monkeypatch, kind):
+    waits = []
+    monkeypatch.setattr(client_app, "wait_until", lambda arrived, reply_at: waits.append(reply_at))
+    holder = deployed(limits="reply_at = 7.5\nclipping_norm_max = 0.5")
+    request = holder.request(clipping_norm=0.6 if kind == "refused" else 0.3)
+    message = holder.message(request)
+    if kind == "query":
+        message.metadata.message_type = "query"
+    reply = holder.send(message)
+    assert reply.has_error() == (kind == "refused")
+    assert waits == [7.5]
+
+
+def test_waiting_ends_at_the_time_and_not_before(monkeypatch):
+    slept = []
+    monkeypatch.setattr(timing.time, "sleep", slept.append)
+    monkeypatch.setattr(timing.time, "monotonic", lambda: 100.0)
+    timing.wait_until(99.0, 3.0)
+    timing.wait_until(90.0, 3.0)
+    timing.wait_until(99.0, 0.0)
+    assert slept == [2.0]
+
+
+def test_a_simulated_holder_never_waits(monkeypatch, tmp_path):
+    from fedhead.simulations.simulate import simulate
+
+    monkeypatch.setattr(client_app, "wait_until", lambda *_: pytest.fail("a simulation waited"))
+    monkeypatch.setattr(client_app, "over", lambda *_: True)  # nor is anything late in one process
+    from fedhead.common.config import make_config
+
+    recipe = {
+        "task": {"labels": [str(digit) for digit in range(10)]},
+        "model": {"backbone": "module:torch.nn:Identity"},
+        "data": {"source": "sklearn:digits"},
+        "holders": {"count": 2, "limits": {"reply_at": 50.0}},
+        "privacy": {"epsilon": 3.0},
+        "training": {"rounds": 2},
+        "run": {"baseline": False},
+    }
+    assert simulate(make_config(recipe, base=tmp_path), tmp_path / "out").rounds[-1]["holders"] == 2
+
+
+def test_a_release_with_seeded_noise_says_that_it_has_no_privacy(deployed):
+    holder = deployed(limits="allow_seeded_noise = true")
+    _, event = protocol.read_release(holder.ask(seed=7))
+    assert isinstance(from_json(event), NoPrivacyEvent)
+    own = deployed()
+    _, event = protocol.read_release(own.ask(seed=7))
+    assert not isinstance(from_json(event), NoPrivacyEvent)

@@ -107,14 +107,24 @@ def stop(server: ServerOption, as_json: JsonOption = False) -> None:
     emit(found, as_json, lambda: typer.echo("stopped; fedhead submit --resume goes on from the last checkpoint"))
 
 
-def check(holder: HolderArgument, as_json: JsonOption = False) -> None:
+def check(
+    holder: HolderArgument,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="A run that is planned: what it would need, and cost.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Whether a data holder is ready: data, limits, ledger, budget left, features, connection. Joins nothing.
 
     Numbers of records are for the holder alone. Status 1 when something has to be changed, 2 for a file with faults.
     """
+    from fedhead.common.config import find_recipe
+
+    config = None if recipe is None else find_recipe(recipe)
     from fedhead.client.checking import check_holder, show_report
 
-    report = check_holder(holder)
+    with contextlib.redirect_stdout(sys.stderr):  # what a module of the user's own prints
+        report = check_holder(holder, recipe=config)
     emit(report.to_dict(), as_json, lambda: show_report(report))
     if not report.good:
         raise typer.Exit(1)

@@ -18,17 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedhead.client.auditing.canaries import Canaries, flat, joined, load_flat, sent_head
+from fedhead.client.auditing.setup import Setup, Units
 from fedhead.client.auditing.watching import watch
 from fedhead.client.training import StepPlan, Trainer
-from fedhead.common.errors import InputError, RunError
+from fedhead.common.errors import RunError
 from fedhead.common.features import FeatureSet
 from fedhead.common.models.trainable import Trainable
 from fedhead.common.privacy.audit.findings import Check
 from fedhead.common.privacy.noise import Streams
-from fedhead.common.tasks import Task
 
 FloatArray = NDArray[np.float64]
-Units = tuple[FeatureSet, Tensor]
 
 TOLERANCE: Final = 2.0**-10
 """Most that a contribution may be beyond the clipping norm, in clipping norms: what a deployment's noise is widened for
@@ -86,37 +85,14 @@ class Contributions:
         )
 
 
-def largest_contribution(
-    make_trainable: Callable[[], Trainable],
-    task: Task,
-    features: FeatureSet,
-    targets: Tensor,
-    plan: StepPlan,
-    streams_for: Callable[[int], Streams],
-    *,
-    canaries: Canaries,
-    generator: np.random.Generator,
-    path: str | None = None,
-) -> Contributions:
+def largest_contribution(setup: Setup) -> Contributions:
     """Add one unit after the other to data sets of several sizes, and measure how far the sum moves.
 
     Parameters
     ----------
-    make_trainable : callable
-        A new trainable at its initial parameters, without dropout; best in float64.
-    task : Task
-    features : FeatureSet
-        Real records, or persons.
-    targets : Tensor, int64, shape (N,), or (N, T) of persons
-    plan : StepPlan
-        Clipping norm, mechanism and optimizer are read; noise, rate and chunk are replaced.
-    streams_for : callable
-        Number of a measurement, from 1 -> the holder's streams.
-    canaries : Canaries
-    generator : numpy.random.Generator
-        The auditor's own.
-    path : str, optional
-        Gradient path, as `Trainer` takes it.
+    setup : Setup
+        Best in float64. Of the plan, clipping norm, mechanism and optimizer are read; noise, rate and chunk are
+        replaced.
 
     Returns
     -------
@@ -133,10 +109,8 @@ def largest_contribution(
     sampled. The true sensitivity is at least `largest`; that none of the units tried breaks the bound is evidence, and
     for the clipping itself the proof is in `fedhead.common.privacy.clipping`.
     """
-    if plan.mechanism not in ("full-batch", "poisson"):
-        raise InputError(
-            f"privacy.mechanism is {plan.mechanism!r}: without noise nothing is clipped. Use full-batch or poisson."
-        )
+    setup.check_mechanism()
+    plan, canaries, generator, real = setup.plan, setup.canaries, setup.generator, setup.real
     quiet = replace(
         plan,
         noise_multiplier=_NOISE,
@@ -146,13 +120,13 @@ def largest_contribution(
         learning_rate=1e-3,
         chunk=_CHUNK,
     )
-    measure = _Measure(Trainer(make_trainable(), task, path), quiet, streams_for)
-    added = list(_added((features, targets), canaries, task.outputs, generator))
+    measure = _Measure(setup.trainer(), quiet, setup.streams_for)
+    added = list(_added(real, canaries, setup.task.outputs, generator))
     by_kind: dict[str, float] = {}
     tried, turns = 0, 0
-    for head in _heads(make_trainable(), canaries, plan.clipping_norm, generator):
-        for size in sorted({min(size, len(targets)) for size in _SIZES}):
-            for there in _there((features, targets), canaries, size):
+    for head in _heads(setup.make_trainable(), canaries, plan.clipping_norm, generator):
+        for size in sorted({min(size, len(setup.targets)) for size in _SIZES}):
+            for there in _there(real, canaries, size):
                 before = measure.sum(head, there)
                 # two labels of each kind at a time, others with each data set: all of them come up
                 turn, turns = turns, turns + 2

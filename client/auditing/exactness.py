@@ -8,28 +8,24 @@ hundredth too little stands out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from fedhead.client.auditing.canaries import Canaries, flat, joined, load_flat, sent_head
+from fedhead.client.auditing.canaries import flat, joined, load_flat, sent_head
 from fedhead.client.auditing.reference import Reference
+from fedhead.client.auditing.setup import Setup
 from fedhead.client.auditing.watching import watch
-from fedhead.client.training import CHUNK, StepPlan, Trainer
+from fedhead.client.training import CHUNK
 from fedhead.common.errors import RunError
 from fedhead.common.features import FeatureSet
-from fedhead.common.models.trainable import Trainable
 from fedhead.common.privacy.audit.findings import Check
-from fedhead.common.privacy.noise import Streams
-from fedhead.common.tasks import Task
 
 FloatArray = NDArray[np.float64]
-Units = tuple[FeatureSet, Tensor]
 
 ALLOWED: Final = 2.0**-10
 """Most that a sum may be from the reference, in clipping norms, beside `EACH` a unit: rounding, as in contributions."""
@@ -76,26 +72,13 @@ class Exactness:
         return Check("exact-sums", "Sums against an independent reference", passed, figure, good if passed else bad)
 
 
-def largest_difference(
-    make_trainable: Callable[[], Trainable],
-    task: Task,
-    features: FeatureSet,
-    targets: Tensor,
-    plan: StepPlan,
-    streams_for: Callable[[int], Streams],
-    *,
-    canaries: Canaries,
-    generator: np.random.Generator,
-    path: str | None = None,
-) -> Exactness:
+def largest_difference(setup: Setup) -> Exactness:
     """Compare the sums of whole rounds with `Reference`, step by step, at each step's own head.
 
     Parameters
     ----------
-    make_trainable, task, features, targets, streams_for, canaries, generator, path
-        As `contributions.largest_contribution` takes them.
-    plan : StepPlan
-        The noise is replaced; steps, rate, chunk and optimizer stay.
+    setup : Setup
+        Of the plan, the noise is replaced; steps, rate, chunk and optimizer stay.
 
     Notes
     -----
@@ -103,12 +86,13 @@ def largest_difference(
     and for small heads a data set of more than one chunk. Both sides read the same sample, so that sampling isn't
     looked at here.
     """
+    plan, canaries = setup.plan, setup.canaries
     quiet = replace(plan, noise_multiplier=_NOISE, proximal_mu=0.0)
-    trainer, reference = Trainer(make_trainable().double(), task, path), Reference(make_trainable(), task)
-    data = joined((features, targets), canaries.units())
+    trainer, reference = setup.trainer(double=True), Reference(setup.make_trainable(), setup.task)
+    data = joined(setup.real, canaries.units())
     share = distance = 0.0
     sums = 0
-    rounds = [(data, head) for head in _heads(make_trainable, task, (features, targets), canaries, generator)]
+    rounds = [(data, head) for head in _heads(setup)]
     if canaries.records is None and reference.parameters <= _MOST:
         many = torch.arange(_MANY) % len(data[1])
         rounds.append(((FeatureSet(data[0].values[many]), data[1][many]), rounds[0][1]))
@@ -116,7 +100,7 @@ def largest_difference(
         load_flat(trainer.trainable, head)
         allowed = ALLOWED + EACH * len(wanted) + (PERSON if canaries.records is not None else 0.0)
         try:
-            seen = watch(trainer, units, wanted, quiet, streams_for(number))
+            seen = watch(trainer, units, wanted, quiet, setup.streams_for(number))
         except RunError:
             return Exactness(math.inf, math.inf, sums + 1)
         for step, release in enumerate(seen.releases(quiet)):
@@ -132,18 +116,17 @@ def largest_difference(
     return Exactness(share, distance, sums)
 
 
-def _heads(
-    make_trainable: Callable[[], Trainable], task: Task, real: Units, canaries: Canaries, generator: np.random.Generator
-) -> Iterator[FloatArray]:
+def _heads(setup: Setup) -> Iterator[FloatArray]:
     """Two after the canaries, and one that fits the real units."""
     for _ in range(2):
-        yield sent_head(make_trainable(), canaries, generator)
-    model = make_trainable().double()
-    keep = real[0].values.isfinite().all(1)
-    values, wanted = real[0].values[keep].double(), real[1][real[1] >= 0][keep]  # of persons, record after record
+        yield sent_head(setup.make_trainable(), setup.canaries, setup.generator)
+    model = setup.make_trainable().double()
+    rows, targets = setup.features.values, setup.targets
+    keep = rows.isfinite().all(1)
+    values, wanted = rows[keep].double(), targets[targets >= 0][keep]  # of persons, record after record
     optimizer = torch.optim.Adam(model.trained().values(), lr=_RATE)
     for _ in range(_FITTED):
         optimizer.zero_grad()
-        torch.autograd.backward(task.losses(model(values, None), wanted).mean())
+        torch.autograd.backward(setup.task.losses(model(values, None), wanted).mean())
         optimizer.step()
     yield flat(model).float().double().numpy()

@@ -7,26 +7,21 @@ Shapes: T steps of all rounds, P trained numbers, m canaries, S numbers of a can
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from fedhead.client.auditing.canaries import Canaries, joined, load_flat, sent_head
+from fedhead.client.auditing.canaries import joined, load_flat, sent_head
 from fedhead.client.auditing.reference import Reference, Signatures
+from fedhead.client.auditing.setup import Setup, Units
 from fedhead.client.auditing.watching import Seen, noise_scale, replay_error, watch
-from fedhead.client.training import StepPlan, Trainer
 from fedhead.common.errors import InputError
-from fedhead.common.features import FeatureSet
-from fedhead.common.models.trainable import Trainable
 from fedhead.common.privacy.lattice import lattice_step
 from fedhead.common.privacy.noise import Streams
 from fedhead.common.progress import advance
-from fedhead.common.tasks import Task
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -135,40 +130,14 @@ def log_ratios(
     return found
 
 
-def observe(
-    make_trainable: Callable[[], Trainable],
-    task: Task,
-    features: FeatureSet,
-    targets: Tensor,
-    plan: StepPlan,
-    rounds: int,
-    streams_for: Callable[[int], Streams],
-    *,
-    canaries: Canaries,
-    generator: np.random.Generator,
-    path: str | None = None,
-) -> Observations:
+def observe(setup: Setup, rounds: int) -> Observations:
     """Put canaries among the records by fair coins, and train and watch.
 
     Parameters
     ----------
-    make_trainable : callable
-        A new trainable at its initial parameters, on the CPU, in float64 for a deployment's streams; without dropout.
-    task : Task
-    features : FeatureSet
-        Records, or persons, that are no canaries.
-    targets : Tensor, int64, shape (N,), or (N, T) of persons
-    plan : StepPlan
-        Of every round; "full-batch" or "poisson".
+    setup : Setup
+        Its streams are asked for one round more, on no records.
     rounds : int, >= 1
-    streams_for : callable
-        Round, from 1 -> the holder's streams. Round `rounds` + 1 is the one without records.
-    canaries : Canaries
-        Persons exactly if the targets are persons'.
-    generator : numpy.random.Generator
-        The auditor's own: coins and heads. Nothing of the holder's draws on it.
-    path : str, optional
-        Gradient path, as `Trainer` takes it.
 
     Raises
     ------
@@ -180,55 +149,41 @@ def observe(
     Coins are fair and independent, canaries take the production path, and scores read no coin: the conditions under
     which bounds from guesses about canaries hold (Steinke, Nasr, Jagielski 2023, arXiv:2305.08846).
     """
-    _check(plan, rounds, targets, canaries)
-    included = generator.random(len(canaries)) < 0.5
-    data = joined((features, targets), canaries.units(included))
-    audit = _Audit(make_trainable, task, (features, targets), data, plan, canaries, included, path)
-    heads = [sent_head(make_trainable(), canaries, generator) for _ in range(rounds + 1)]
+    _check(setup, rounds)
+    audit = _Audit(setup, setup.generator.random(len(setup.canaries)) < 0.5)
+    heads = [sent_head(setup.make_trainable(), setup.canaries, setup.generator) for _ in range(rounds + 1)]
     for number in range(1, rounds + 1):
-        audit.round(heads[number - 1], streams_for(number))
+        audit.round(heads[number - 1], setup.streams_for(number))
         advance("audit", number, rounds)
-    empty = audit.empty(heads[rounds], streams_for(rounds + 1))
-    again, pair = streams_for(1), None
+    empty = audit.empty(heads[rounds], setup.streams_for(rounds + 1))
+    again, pair = setup.streams_for(1), None
     if not again.seeded:
         pair = audit.residuals[0], audit.again(heads[0], again)
     return audit.observations(empty, pair)
 
 
-def _check(plan: StepPlan, rounds: int, targets: Tensor, canaries: Canaries) -> None:
-    if plan.mechanism not in ("full-batch", "poisson"):
-        raise InputError(
-            f"privacy.mechanism is {plan.mechanism!r}: without noise there is nothing to audit. Use full-batch or "
-            "poisson."
-        )
-    plan.event()  # refuses what breaks a rule
+def _check(setup: Setup, rounds: int) -> None:
+    setup.check_mechanism()
+    setup.plan.event()  # refuses what breaks a rule
     if rounds < 1:
         raise InputError(f"rounds is {rounds!r}: it must be at least 1. Audit one round or more.")
-    if (targets.dim() == 2) != (canaries.records is not None):
+    if (setup.targets.dim() == 2) != (setup.canaries.records is not None):
         raise InputError(
-            f"canaries.records is {canaries.records!r}: canaries must be persons exactly where the records are. Craft "
-            "them with records_per_person for persons, without it for records."
+            f"canaries.records is {setup.canaries.records!r}: canaries must be persons exactly where the records are. "
+            "Craft them with records_per_person for persons, without it for records."
         )
 
 
 class _Audit:
     """One run of the experiment; see `observe`."""
 
-    def __init__(
-        self,
-        make_trainable: Callable[[], Trainable],
-        task: Task,
-        real: tuple[FeatureSet, Tensor],
-        data: tuple[FeatureSet, Tensor],
-        plan: StepPlan,
-        canaries: Canaries,
-        included: BoolArray,
-        path: str | None,
-    ) -> None:
-        self.reference = Reference(make_trainable(), task)
-        self.trainer = Trainer(make_trainable(), task, path)
+    def __init__(self, setup: Setup, included: BoolArray) -> None:
+        self.reference = Reference(setup.make_trainable(), setup.task)
+        self.trainer = setup.trainer()
         self.shapes = [p.shape for p in self.trainer.parameters]
-        self.real, self.data, self.plan, self.canaries, self.included = real, data, plan, canaries, included
+        self.real, self.plan, self.included = setup.real, setup.plan, included
+        self.canaries = canaries = setup.canaries
+        self.data = joined(setup.real, canaries.units(included))
         self.crafted = canaries.units()
         self.places = self.reference.places(canaries.columns)
         self.number_of = np.cumsum(included) - 1  # among those that are in
@@ -244,7 +199,7 @@ class _Audit:
     def rate(self) -> float:
         return float(self.plan.sample_rate or 1.0) if self.plan.mechanism == "poisson" else 1.0
 
-    def see(self, head: FloatArray, data: tuple[FeatureSet, Tensor], streams: Streams) -> Seen:
+    def see(self, head: FloatArray, data: Units, streams: Streams) -> Seen:
         load_flat(self.trainer.trainable, head)
         seen = watch(self.trainer, *data, self.plan, streams)
         self.error = max(self.error, replay_error(seen, self.plan, self.shapes))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from fedhead.common.privacy.audit.bounds import clopper_pearson, f_dp, guess_count, one_run
+from fedhead.common.privacy.audit.bounds import Attack, clopper_pearson, f_dp, guess_count, one_run
 from fedhead.common.privacy.audit.curves import approximate_curve, gaussian_curve
 from fedhead.common.privacy.gaussian import gdp_epsilon, mu_for
 
@@ -79,9 +79,9 @@ def too_many(share: float, promised: float, seeds=SEEDS) -> bool:
 
 def audits_of(claim, claimed, delta, family):
     return {
-        "one-run": lambda s, i: one_run(s, i, delta, claimed=claimed),
-        "f-dp": lambda s, i: f_dp(s, i, delta, claim=claim, gaussian=family),
-        "clopper-pearson": lambda s, i: clopper_pearson(s, i, delta, claim=claim, gaussian=family),
+        "one-run": lambda s, i: one_run(Attack(s, i, delta), claimed=claimed),
+        "f-dp": lambda s, i: f_dp(Attack(s, i, delta), claim=claim, gaussian=family),
+        "clopper-pearson": lambda s, i: clopper_pearson(Attack(s, i, delta), claim=claim, gaussian=family),
     }
 
 

@@ -7,38 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from runpy import run_path
 
-import numpy as np
 import pytest
 
 from fedhead.cli import main
 
-RECIPE = """
-[task]
-labels = ["a", "b"]
-[model]
-backbone = "module:torch.nn:Identity"
-[data]
-source = "csv:v.csv"
-columns = { vector = "x*", label = "label" }
-[holders]
-count = 3
-[privacy]
-epsilon = 3.0
-[training]
-rounds = 2
-[run]
-baseline = false
-"""
+write_recipe = run_path(str(Path(__file__).with_name("tiny_recipe.py")))["write_recipe"]
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A folder with a tiny recipe, as the current one, and a cache of its own."""
-    rng = np.random.default_rng(0)
-    rows = [[*(rng.normal(size=3) + i % 2).round(4), "ab"[i % 2]] for i in range(60)]
-    (tmp_path / "v.csv").write_text("x0,x1,x2,label\n" + "".join(",".join(map(str, row)) + "\n" for row in rows))
-    (tmp_path / "r.toml").write_text(RECIPE)
+    write_recipe(tmp_path, 60, 3)
     (tmp_path / "fedhead_cli_loud.py").write_text(
         "from torch import nn\nclass Loud(nn.Module):\n    def forward(self, x):\n"
         "        print('LOUD')\n        return x\n"

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import re
-import shutil
-import subprocess
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
@@ -21,7 +19,8 @@ from fedhead.common.results import Result
 from fedhead.simulations import plots, show
 from fedhead.simulations.report import render, write_report
 
-XSS = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>$x$"
+READING = SimpleNamespace(**run_path(str(Path(__file__).with_name("page_reading.py"))))
+Page, XSS = READING.Page, READING.XSS
 
 
 def make_result(
@@ -110,39 +109,6 @@ def make_result(
     )
 
 
-class Page(HTMLParser):
-    """Tags, attributes and visible text of a page; refuses one whose tags don't nest."""
-
-    VOID = frozenset({"meta", "br", "link", "img", "input", "hr"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.said: list[str] = []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
-            self.said.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.said).split())
-
-
 def test_headline_figures_stand_beside_what_they_are_compared_with() -> None:
     text = Page(render(make_result())).text
     for said in ("80.8%", "81.4%", "53.1%", "0.887", "0.893", "0.500", "ε 3.00", "δ = 1e-5", "1 min 22 s"):
@@ -180,39 +146,15 @@ def test_text_of_a_recipe_is_never_markup() -> None:
         rounds=[{**row, "refused": [{"holder": XSS, "code": 1001, "text": XSS}]} for row in result.rounds],
     )
     text = render(result)
-    page = Page(text)
-    assert not {"script", "img", "iframe", "object", "link"} & {tag for tag, _ in page.tags}
-    assert not [key for _, attributes in page.tags for key in attributes if key.startswith("on")]
-    assert text.count("<script") == 0
-    assert "<script>alert(1)</script>" in page.text  # it is there, as text
+    READING.assert_no_markup(text)
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
-    page = Page(render(make_result()))
-    for _, attributes in page.tags:
-        for key in ("src", "href"):
-            assert (attributes.get(key) or "#").startswith("#")
-    style = render(make_result())
-    assert "@import" not in style
-    assert not re.search(r"url\((?!#)", style)
-    policy = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
+    READING.assert_nothing_from_elsewhere(render(make_result()))
 
 
 def test_pictures_have_words_own_ids_and_the_colours_of_the_page() -> None:
-    text = render(make_result())
-    page = Page(text)
-    pictures = [attributes for tag, attributes in page.tags if tag == "svg"]
-    assert len(pictures) == 3
-    assert all(len(attributes["aria-label"] or "") > 40 and attributes["role"] == "img" for attributes in pictures)
-    ids = [attributes["id"] for _, attributes in page.tags if attributes.get("id")]
-    assert len(ids) == len(set(ids))
-    for reference in re.findall(r"url\(#([^)]+)\)", text):
-        assert reference in ids
-    body = text[text.index("<body>") :]
-    assert "#0102" not in body
-    for variable in set(re.findall(r"var\(--([\w-]+)\)", text)):
-        assert text.count(f"--{variable}:") >= 2, f"{variable} needs a light and a dark colour"
+    READING.assert_pictures(render(make_result()), 3)
 
 
 def test_the_same_result_gives_the_same_bytes_and_leaves_no_setting_behind() -> None:
@@ -312,28 +254,9 @@ def test_the_page_lies_beside_its_result(tmp_path: Path) -> None:
     json.loads((tmp_path / "result.json").read_text())
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to draw the page with")
+@pytest.mark.skipif(READING.CHROMIUM is None, reason="no Chromium on this machine to draw the page with")
 @pytest.mark.parametrize("width", [500, 1200])  # headless windows are at least 500 wide
 def test_a_browser_draws_the_page_without_sideways_scrolling(tmp_path: Path, width: int) -> None:
-    from PIL import Image
-
     make_result(labels=("a" * 60, "b")).write(tmp_path)
-    page, shot = write_report(tmp_path), tmp_path / "shot.png"
-    command = [
-        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-        f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}", f"--window-size={width},1600",
-        page.as_uri(),
-    ]  # fmt: skip
-    try:
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
-    except (subprocess.SubprocessError, OSError) as error:
-        pytest.skip(f"Chromium does not start here ({type(error).__name__})")
-    drawn = np.asarray(Image.open(shot).convert("RGB")).astype(int)
-    assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 50, "the page is blank"
-    edge = drawn[:, -3:]
-    assert np.abs(edge - edge[0, 0]).max() <= 2, "something reaches the right edge"
+    READING.draw(write_report(tmp_path), width, 1600)

@@ -35,14 +35,14 @@ from fedhead.common.privacy.audit.search import (
     LEAST_P,
     MOST_EPSILON,
     MOST_MU,
+    Attack,
     BoolArray,
-    check_canaries,
     gaussian_epsilon,
     limit,
     smallest_level,
 )
 
-__all__ = ["clopper_pearson", "f_dp", "f_dp_p_value", "guess_count", "one_run", "one_run_p_value"]
+__all__ = ["Attack", "clopper_pearson", "f_dp", "f_dp_p_value", "guess_count", "one_run", "one_run_p_value"]
 
 SHARE: Final = 0.08  # of the canaries that are guessed "in", and again "out"
 FEWEST: Final = 12  # guesses at either end beyond that share, so that few canaries still tell something
@@ -59,36 +59,19 @@ def guess_count(canaries: int) -> int:
     return min(round(SHARE * canaries) + FEWEST, max(1, int(MOST * canaries)), canaries // 2)
 
 
-def one_run(
-    scores: FloatArray,
-    included: BoolArray,
-    delta: float,
-    *,
-    claimed: tuple[float, float],
-    confidence: float = 0.95,
-) -> LowerBound:
+def one_run(attack: Attack, *, claimed: tuple[float, float]) -> LowerBound:
     """The one-run test: it rests on nothing but the coins, and uses one (epsilon, delta) alone, so it sees least.
 
     Parameters
     ----------
-    scores : FloatArray, shape (m,)
-        Higher: rather "in". May be infinite.
-    included : BoolArray, shape (m,)
-        Each by its own fair coin, which nothing that made the scores has seen.
-    delta : float, in (0, 1)
-        Of the bound.
+    attack : Attack
     claimed : (epsilon, delta)
         What the mechanism claims; epsilon may be infinite.
-    confidence : float, in (0, 1)
-
-    Returns
-    -------
-    LowerBound
 
     Raises
     ------
     InputError
-        No canary, lengths that differ, NaN scores, or a number outside its range.
+        What is claimed is outside its range.
 
     Notes
     -----
@@ -97,19 +80,18 @@ def one_run(
     however the canaries disturb one another.
     Reference: arXiv:2305.08846, Theorem 5.2.
     """
-    check_canaries(scores, included, delta, confidence)
     if not (claimed[0] >= 0 and 0 <= claimed[1] < 1):
         raise InputError(f"claimed is {claimed!r}: epsilon of at least 0 and delta in [0, 1) are needed. Give both.")
-    canaries, (guesses, right) = scores.size, _guess(scores, included)
+    canaries, (guesses, right), delta = attack.scores.size, _guess(attack), attack.delta
 
     def rejects(epsilon: FloatArray) -> BoolArray:
         found = [one_run_p_value(canaries, guesses, right, float(e), delta) for e in epsilon]
-        return np.array(found) <= 1 - confidence
+        return np.array(found) <= 1 - attack.confidence
 
     # in two parts each time: an evaluation is dear here, and not done for many points at once
     bound = limit(rejects, MOST_EPSILON, parts=2)
     p_value = max(LEAST_P, one_run_p_value(canaries, guesses, right, *claimed))
-    return LowerBound("one-run", "One-run test", bound, delta, confidence, guesses, right, p_value)
+    return LowerBound("one-run", "One-run test", bound, delta, attack.confidence, guesses, right, p_value)
 
 
 def one_run_p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
@@ -134,34 +116,16 @@ def one_run_p_value(canaries: int, guesses: int, right: int, epsilon: float, del
     return found if found <= TRUSTED else 1.0
 
 
-def f_dp(
-    scores: FloatArray,
-    included: BoolArray,
-    delta: float,
-    *,
-    claim: Curve,
-    gaussian: bool,
-    confidence: float = 0.95,
-) -> LowerBound:
+def f_dp(attack: Attack, *, claim: Curve, gaussian: bool) -> LowerBound:
     """The f-DP test in one run: like `one_run`, but it uses the claim's whole trade-off curve, and so sees more.
 
     Parameters
     ----------
-    scores, included, delta, confidence
-        As for `one_run`.
+    attack : Attack
     claim : Curve
         What the mechanism claims.
     gaussian : bool
         Whether the bound is sought among Gaussian curves, which is much tighter, or among those of (epsilon, delta).
-
-    Returns
-    -------
-    LowerBound
-
-    Raises
-    ------
-    InputError
-        As for `one_run`.
 
     Notes
     -----
@@ -170,11 +134,10 @@ def f_dp(
     trade-off curve of some size, otherwise always. However the canaries disturb one another.
     Reference: arXiv:2410.22235, Theorem 3.2 and its auditing algorithm.
     """
-    check_canaries(scores, included, delta, confidence)
-    canaries, (guesses, right) = scores.size, _guess(scores, included)
+    canaries, (guesses, right), delta = attack.scores.size, _guess(attack), attack.delta
 
     def rejects(parameter: FloatArray) -> BoolArray:
-        level = np.full(parameter.shape, 1 - confidence)
+        level = np.full(parameter.shape, 1 - attack.confidence)
         if gaussian:
             return _least_mass(canaries, guesses, right, level, lambda power: gaussian_cost(power, parameter)) > 1
         return _least_mass(canaries, guesses, right, level, lambda power: approximate_cost(power, parameter, delta)) > 1
@@ -182,7 +145,7 @@ def f_dp(
     bound = gaussian_epsilon(limit(rejects, MOST_MU), delta) if gaussian else limit(rejects, MOST_EPSILON)
     p_value = f_dp_p_value(canaries, guesses, right, claim)
     note = GAUSSIAN if gaussian else ""
-    return LowerBound("f-dp", "f-DP test in one run", bound, delta, confidence, guesses, right, p_value, note)
+    return LowerBound("f-dp", "f-DP test in one run", bound, delta, attack.confidence, guesses, right, p_value, note)
 
 
 def f_dp_p_value(canaries: int, guesses: int, right: int, claim: Curve) -> float:
@@ -222,8 +185,8 @@ def _least_mass(
     return (rights + wrongs) / whole if guesses else level
 
 
-def _guess(scores: FloatArray, included: BoolArray) -> tuple[int, int]:
+def _guess(attack: Attack) -> tuple[int, int]:
     """Numbers of guesses, and of right ones among them."""
-    sorted_coins = included[np.argsort(scores, kind="stable")]
-    ends = guess_count(scores.size)
-    return 2 * ends, int(sorted_coins[scores.size - ends :].sum() + (~sorted_coins[:ends]).sum())
+    sorted_coins, canaries = attack.included[np.argsort(attack.scores, kind="stable")], attack.scores.size
+    ends = guess_count(canaries)
+    return 2 * ends, int(sorted_coins[canaries - ends :].sum() + (~sorted_coins[:ends]).sum())

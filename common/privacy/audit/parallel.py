@@ -14,9 +14,9 @@ from fedhead.common.privacy.audit.search import (
     GAUSSIAN,
     MOST_EPSILON,
     MOST_MU,
+    Attack,
     BoolArray,
     IntArray,
-    check_canaries,
     gaussian_epsilon,
     smallest_level,
 )
@@ -27,15 +27,7 @@ _SPLIT_SEED: Final = 20_230_501  # any fixed number, so that the split of the ca
 _INDEPENDENT: Final = "Takes the canaries' scores to be independent of one another."
 
 
-def clopper_pearson(
-    scores: FloatArray,
-    included: BoolArray,
-    delta: float,
-    *,
-    claim: Curve,
-    gaussian: bool,
-    confidence: float = 0.95,
-) -> LowerBound:
+def clopper_pearson(attack: Attack, *, claim: Curve, gaussian: bool) -> LowerBound:
     """Binomial intervals of both error rates: sees most, but takes canaries for independent repetitions.
 
     Some canaries, drawn with a fixed seed, choose the threshold from which a canary is guessed "in": the best of
@@ -45,17 +37,8 @@ def clopper_pearson(
 
     Parameters
     ----------
-    scores, included, delta, claim, gaussian, confidence
+    attack, claim, gaussian
         As for `f_dp`.
-
-    Returns
-    -------
-    LowerBound
-
-    Raises
-    ------
-    InputError
-        As for `one_run`.
 
     Notes
     -----
@@ -63,10 +46,10 @@ def clopper_pearson(
     coordinates that are orthogonal and have their own noise.
     References: Clopper, Pearson (1934); Nasr et al. (2023), arXiv:2302.07956, for the bound among Gaussian curves.
     """
-    check_canaries(scores, included, delta, confidence)
+    scores, included, delta = attack.scores, attack.included, attack.delta
     order = np.random.default_rng(_SPLIT_SEED).permutation(scores.size)
     choosing, counting = np.split(order, [round(CHOOSING * scores.size)])
-    level = np.array(1 - confidence)
+    level = np.array(1 - attack.confidence)
     thresholds = _thresholds(scores[choosing])
     tried = _rates(_counts(scores[choosing], included[choosing], thresholds), level)
 
@@ -89,7 +72,7 @@ def clopper_pearson(
     p_value, right = smallest_level(refuted), int(guessed[0, 0] + guessed[3, 0])
     note = f"{_INDEPENDENT} {GAUSSIAN}" if gaussian else _INDEPENDENT
     title = "Parallel Clopper–Pearson intervals"
-    return LowerBound("clopper-pearson", title, bound, delta, confidence, counting.size, right, p_value, note)
+    return LowerBound("clopper-pearson", title, bound, delta, attack.confidence, counting.size, right, p_value, note)
 
 
 def _thresholds(scores: FloatArray) -> FloatArray:

@@ -1,9 +1,10 @@
-"""What the audit's bounds share: input that is checked, and searches for the last parameter that a test refutes."""
+"""What the audit's bounds share: an attack, checked, and searches for the last parameter that a test refutes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -24,21 +25,49 @@ POINTS: Final = 64  # looked at together when a limit is searched for
 GAUSSIAN: Final = "Takes the trade-off curve to be a Gaussian one, of unknown size."
 
 
-def check_canaries(scores: FloatArray, included: BoolArray, delta: float, confidence: float) -> None:
-    """Raise InputError unless there are scores, a coin for each, and numbers in their ranges."""
-    if scores.ndim != 1 or scores.size == 0 or scores.shape != included.shape:
-        raise InputError(
-            f"scores is of shape {scores.shape}, included of {included.shape}: one number and one coin for each of at "
-            f"least one canary are needed. Audit with more canaries."
-        )
-    if included.dtype != np.bool_:
-        raise InputError(f"included is of {included.dtype}: true or false for each canary is needed. Give booleans.")
-    lost = int(np.isnan(scores).sum())
-    if lost:
-        raise InputError(f"scores is NaN for {lost} canaries: numbers are needed. Look where training diverged.")
-    check_delta(delta)
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence is {confidence!r}: it must be more than 0 and less than 1. Take 0.95.")
+@dataclass(frozen=True, eq=False)
+class Attack:
+    """What an attacker said of canaries in one training run, and what is to be concluded from it.
+
+    Parameters
+    ----------
+    scores : FloatArray, shape (m,)
+        Higher: rather "in". May be infinite.
+    included : BoolArray, shape (m,)
+        Each by its own fair coin, which nothing that made the scores has seen.
+    delta : float, in (0, 1)
+        Of the bound.
+    confidence : float, in (0, 1)
+        Of the bound.
+
+    Raises
+    ------
+    InputError
+        No canary, lengths that differ, NaN scores, or a number outside its range.
+    """
+
+    scores: FloatArray
+    included: BoolArray
+    delta: float
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        scores, included = self.scores, self.included
+        if scores.ndim != 1 or scores.size == 0 or scores.shape != included.shape:
+            raise InputError(
+                f"scores is of shape {scores.shape}, included of {included.shape}: one number and one coin for each of "
+                "at least one canary are needed. Audit with more canaries."
+            )
+        if included.dtype != np.bool_:
+            raise InputError(
+                f"included is of {included.dtype}: true or false for each canary is needed. Give booleans."
+            )
+        lost = int(np.isnan(scores).sum())
+        if lost:
+            raise InputError(f"scores is NaN for {lost} canaries: numbers are needed. Look where training diverged.")
+        check_delta(self.delta)
+        if not 0 < self.confidence < 1:
+            raise InputError(f"confidence is {self.confidence!r}: it must be more than 0 and less than 1. Take 0.95.")
 
 
 def smallest_level(refuted: Test) -> float:

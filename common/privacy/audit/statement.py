@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import fedhead
 from fedhead.common.errors import InputError
 from fedhead.common.privacy.ledger.chain import LedgerError
+from fedhead.common.privacy.ledger.signing import canonical, check_signature, signed_text
 from fedhead.common.privacy.ledger.statements import public_key
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 SCHEMA: Final = 1
 SUBJECT: Final = "fedhead privacy statement"
 RELATION: Final = "add or remove one unit"
-_CONTEXT: Final = b"fedhead privacy statement\0"  # so that a signature means nothing in another protocol
+_CONTEXT: Final = b"fedhead privacy statement\0"
 _FIELDS: Final = {
     "schema", "subject", "holder", "sequence", "hash", "relation", "domains", "time", "fedhead", "public_key",
     "signature",
@@ -74,7 +75,7 @@ def sign_privacy_statement(audited: Mapping[str, Any], key: Ed25519PrivateKey) -
         "fedhead": fedhead.__version__,
         "public_key": public_key(key),
     }
-    text = _text({**fields, "signature": key.sign(_signed(fields)).hex()})
+    text = signed_text(fields, key, _CONTEXT)
     verify_privacy_statement(text, fields["public_key"])
     return text
 
@@ -103,24 +104,22 @@ def verify_privacy_statement(text: str, expected_key: str | None = None) -> dict
         Not a statement, changed since it was signed, with a field too many or too few, or signed with another key.
     """
     from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     try:
         fields: dict[str, Any] = json.loads(text)
         _check(fields, text)
-        signature = bytes.fromhex(fields.pop("signature"))
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(fields["public_key"])).verify(signature, _signed(fields))
+        said = check_signature(fields, _CONTEXT)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, InvalidSignature) as fault:
         raise LedgerError(
             "privacy statement is not what a holder signed: its text must be unchanged. Ask the holder again."
         ) from fault
-    if expected_key is not None and fields["public_key"] != expected_key.lower():
+    if expected_key is not None and said["public_key"] != expected_key.lower():
         raise LedgerError(
-            f"privacy statement is signed with the key {fields['public_key'][:16]}...: it must be "
+            f"privacy statement is signed with the key {said['public_key'][:16]}...: it must be "
             f"{ascii(expected_key)[1:17]}.... Ask the holder which key is its own."
         )
-    del fields["schema"], fields["subject"]
-    return fields
+    del said["schema"], said["subject"]
+    return said
 
 
 def _domain(one: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,7 +141,7 @@ def _domain(one: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(fields: dict[str, Any], text: str) -> None:
     """Raise ValueError, TypeError or KeyError unless these are exactly a statement's fields, in canonical form."""
-    if set(fields) != _FIELDS or _text(fields) != text:
+    if set(fields) != _FIELDS or canonical(fields) != text:
         raise ValueError
     if fields["schema"] != SCHEMA or type(fields["schema"]) is not int or fields["subject"] != SUBJECT:
         raise ValueError
@@ -165,11 +164,3 @@ def _check(fields: dict[str, Any], text: str) -> None:
 
 def _number(value: object) -> bool:
     return value == "inf" or (type(value) is float and value >= 0 and math.isfinite(value))
-
-
-def _text(fields: dict[str, Any]) -> str:
-    return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _signed(fields: dict[str, Any]) -> bytes:
-    return _CONTEXT + _text(fields).encode()

@@ -8,6 +8,7 @@
     transactions.py one writer at a time, and states in memory that never run ahead of the file
     store.py        Ledger: declare, reserve, release, abandon, mark, has
     reading.py      verification, summaries, a file a holder
+    signing.py      how statements are signed
     statements.py   signed statements
 
 Imports neither torch, Flower, Opacus nor dp-accounting; the last two are loaded when a Poisson plan is charged.

@@ -17,6 +17,7 @@ from fedhead.common.failpoints import reach
 from fedhead.common.privacy.filters import Totals
 from fedhead.common.privacy.ledger.chain import LedgerError, Mark
 from fedhead.common.privacy.ledger.files import failures, sync_folder
+from fedhead.common.privacy.ledger.signing import canonical, check_signature, signed_text
 from fedhead.common.privacy.ledger.store import Ledger
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 SCHEMA: Final = 1
 _FIELDS: Final = {"schema", "holder", "sequence", "hash", "domains", "time", "public_key", "signature"}
-_CONTEXT: Final = b"fedhead ledger statement\0"  # so that a signature means nothing in another protocol
+_CONTEXT: Final = b"fedhead ledger statement\0"
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def statement(ledger: Ledger, holder: str, key: Ed25519PrivateKey) -> str:
         "time": datetime.now(UTC).isoformat(timespec="microseconds"),
         "public_key": public_key(key),
     }
-    return _text({**fields, "signature": key.sign(_signed(fields)).hex()})
+    return signed_text(fields, key, _CONTEXT)
 
 
 def verify_statement(text: str, expected_key: str | None = None) -> Statement:
@@ -153,16 +154,14 @@ def verify_statement(text: str, expected_key: str | None = None) -> Statement:
         Not a statement, changed since it was signed, or signed with another key.
     """
     from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     try:
         fields = json.loads(text)
-        if set(fields) != _FIELDS or fields["schema"] != SCHEMA or _text(fields) != text:
+        if set(fields) != _FIELDS or fields["schema"] != SCHEMA or canonical(fields) != text:
             raise ValueError
         if fields["signature"] != fields["signature"].lower() or fields["public_key"] != fields["public_key"].lower():
             raise ValueError  # capitals mean the same number: a text that was changed
-        signature = bytes.fromhex(fields.pop("signature"))
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(fields["public_key"])).verify(signature, _signed(fields))
+        check_signature(fields, _CONTEXT)
         found = Statement(
             fields["holder"], Mark(fields["sequence"], fields["hash"]),
             {name: Totals(*map(float, totals)) for name, totals in fields["domains"].items()}, fields["time"],
@@ -182,11 +181,3 @@ def verify_statement(text: str, expected_key: str | None = None) -> Statement:
 
 def _to_list(totals: Totals) -> list[float | str]:
     return [value if value < float("inf") else "inf" for value in (totals.mu_squared, totals.epsilon, totals.delta)]
-
-
-def _text(fields: dict[str, Any]) -> str:
-    return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _signed(fields: dict[str, Any]) -> bytes:
-    return _CONTEXT + _text(fields).encode()

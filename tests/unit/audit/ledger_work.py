@@ -1,6 +1,5 @@
 """Ledgers that tests of their audit share: rounds from the reserve to the release, and what an audit of them says."""
 
-import pytest
 import torch
 
 from fedhead.common import protocol
@@ -63,13 +62,3 @@ def bad(found):
     assert not one["passed"]
     assert one["domains"] == []
     return one["first_bad"]["sequence"], one["first_bad"]["what"], {k for k, good in checks(found).items() if not good}
-
-
-@pytest.fixture
-def ledger(tmp_path):
-    path = fill(tmp_path / "state" / "ledger.sqlite")
-    with Ledger(path) as opened:
-        opened.reserve([want(3)])  # never sent
-        for round in range(2):
-            give(opened, want(round, PoissonEvent(2.0, 1.0, 0.05, 10), "sampled", plan=PLAN))
-    return path

@@ -1,10 +1,10 @@
 """`fedhead audit ledger` from Python: whole files, production code with planted faults, witnesses and statements."""
 
-import importlib.util
 import json
 import math
 import sqlite3
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
@@ -26,22 +26,9 @@ from fedhead.simulations.audit.ledgers import (
     show_audit,
 )
 
-_SPEC = importlib.util.spec_from_file_location("ledger_work", Path(__file__).with_name("ledger_work.py"))
-assert _SPEC is not None
-assert _SPEC.loader is not None
-_WORK = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(_WORK)
-COUNT = _WORK.COUNT
-PLAN = _WORK.PLAN
-STEP = _WORK.STEP
-TERMS = _WORK.TERMS
-bad = _WORK.bad
-checks = _WORK.checks
-fill = _WORK.fill
-give = _WORK.give
-ledger = _WORK.ledger
-pack = _WORK.pack
-want = _WORK.want
+WORK = run_path(str(Path(__file__).with_name("ledger_work.py")))
+COUNT, PLAN, STEP, TERMS = (WORK[name] for name in ("COUNT", "PLAN", "STEP", "TERMS"))
+bad, checks, fill, give, pack, want = (WORK[name] for name in ("bad", "checks", "fill", "give", "pack", "want"))
 
 
 # ----------------------------------------------------------------------------------------------------- a sound ledger

@@ -1,11 +1,11 @@
 """Copies, forks, signed statements and marks; and what ledgers of several domains and holders say together."""
 
-import importlib.util
 import json
 import math
 import sqlite3
 import time
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
@@ -27,19 +27,9 @@ from fedhead.simulations.audit.ledgers import (
     sign_audit,
 )
 
-_SPEC = importlib.util.spec_from_file_location("ledger_work", Path(__file__).with_name("ledger_work.py"))
-assert _SPEC is not None
-assert _SPEC.loader is not None
-_WORK = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(_WORK)
-STEP = _WORK.STEP
-TERMS = _WORK.TERMS
-bad = _WORK.bad
-checks = _WORK.checks
-fill = _WORK.fill
-give = _WORK.give
-ledger = _WORK.ledger
-want = _WORK.want
+WORK = run_path(str(Path(__file__).with_name("ledger_work.py")))
+STEP, TERMS = (WORK[name] for name in ("STEP", "TERMS"))
+bad, checks, fill, give, want = (WORK[name] for name in ("bad", "checks", "fill", "give", "want"))
 
 
 def test_an_older_copy_is_seen_by_a_mark_and_by_a_statement(ledger, tmp_path):

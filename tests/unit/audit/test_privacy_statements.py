@@ -1,12 +1,12 @@
 """Signed privacy statements: what they say, and that no other text passes for one."""
 
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
@@ -18,6 +18,7 @@ from fedhead.common.privacy.ledger import (
     load_key,
     statement,
 )
+from fedhead.common.privacy.ledger.signing import signed_text
 from fedhead.common.privacy.ledger.statements import public_key
 from fedhead.simulations.audit.ledgers import (
     audit_ledgers,
@@ -26,14 +27,8 @@ from fedhead.simulations.audit.ledgers import (
     sign_audit,
 )
 
-_SPEC = importlib.util.spec_from_file_location("ledger_work", Path(__file__).with_name("ledger_work.py"))
-assert _SPEC is not None
-assert _SPEC.loader is not None
-_WORK = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(_WORK)
-bad = _WORK.bad
-checks = _WORK.checks
-ledger = _WORK.ledger
+WORK = run_path(str(Path(__file__).with_name("ledger_work.py")))
+bad, checks = (WORK[name] for name in ("bad", "checks"))
 
 
 @pytest.fixture
@@ -113,7 +108,7 @@ def test_other_keys_fields_and_texts_are_refused(ledger, stated, tmp_path):
     def signed(changes, by=key):
         fields = {**json.loads(stated), **changes}
         fields.pop("signature")
-        return statements._text({**fields, "signature": by.sign(statements._signed(fields)).hex()})
+        return signed_text(fields, by, statements._CONTEXT)
 
     assert verify_privacy_statement(signed({}))["holder"] == "ann"
     domain = json.loads(stated)["domains"][0]

@@ -14,6 +14,7 @@ from fedhead.client.checking import check_holder
 from fedhead.client.holder import load_holder
 from fedhead.common.privacy.events import GaussianEvent
 from fedhead.common.privacy.ledger import Ledger, Reservation
+from fedhead.server.keys import make_keys
 
 HOLDER = """
 name = "st-mary"
@@ -157,12 +158,16 @@ def test_a_storage_folder_that_is_none_is_a_remedy_and_stops_what_needs_it(here)
 
 
 def test_a_key_that_others_can_read(here):
-    (here / "k").write_text("")
-    (here / "k").chmod(0o644)
-    change(here, 'name = "st-mary"', 'name = "st-mary"\nkey = "k"')
+    make_keys(here / "keys", ["st-mary"])
+    key = here / "keys" / "st-mary.key"
+    change(here, 'name = "st-mary"', 'name = "st-mary"\nkey = "keys/st-mary.key"')
+    assert found(here, "key")[0].state == "ok"
+    key.chmod(0o644)
+    (finding,) = found(here, "key")
+    assert (finding.state, finding.remedy) == ("remedy", f"Run: chmod 600 {key}")
+    key.chmod(0o600)
+    key.write_text("")
     assert found(here, "key")[0].state == "remedy"
-    (here / "k").chmod(0o600)
-    assert found(here, "key") == []
 
 
 def spend(here, noise: float, rounds: int) -> None:

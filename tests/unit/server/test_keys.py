@@ -1,36 +1,29 @@
-"""Keys of a deployment: certificates that TLS takes and refuses, keys that Flower takes, and nothing overwritten."""
+"""Keys of a deployment: what Flower takes, rights of files, and that nothing is overwritten."""
 
 import os
 import shutil
-import socket
-import ssl
 import stat
 import subprocess
 import sys
-import threading
 from argparse import Namespace
-from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
+from datetime import timedelta
 from pathlib import Path
+from runpy import run_path
 
 import pytest
-from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
-from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
 from fedhead.client.holder import HolderFile
 from fedhead.common.config.names import is_name
 from fedhead.common.errors import InputError
-from fedhead.server.key_files import PUBLIC, KeyFolder
-from fedhead.server.key_pairs import fingerprint
-from fedhead.server.keys import _make, describe_keys, make_keys
+from fedhead.server.keys import make_keys
+from fedhead.server.keys.files import PUBLIC, KeyFolder
+from fedhead.server.keys.making import make_at
+from fedhead.server.keys.pairs import fingerprint
 
-
-def now() -> datetime:
-    """Asked anew: a test may run long after this file was read."""
-    return datetime.now(UTC)
-
+FOLDERS = run_path(str(Path(__file__).with_name("key_folders.py")))
+connects, contents, now, one_line = (FOLDERS[name] for name in ("connects", "contents", "now", "one_line"))
 
 TLS_FILES = {"ca.key", "ca.crt", "server.key", "server.crt"}
 
@@ -40,149 +33,8 @@ def folder(tmp_path):
     return tmp_path / "keys"
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
-
-
-def one_line(caught) -> str:
-    text = str(caught.value)
-    assert "\n" not in text
-    assert ": " in text
-    assert text.endswith(".") or "Run: chmod" in text
-    return text
-
-
-# Certificates
-
-
-def connects(server: Path, ca: Path, host: str, minimum=ssl.TLSVersion.TLSv1_2) -> bool:
-    """A handshake over loopback with the files as they lie there; the client's own error when it refuses."""
-    offer = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    offer.load_cert_chain(server / "server.crt", server / "server.key")
-    offer.minimum_version = minimum
-    trust = ssl.create_default_context(cafile=str(ca))
-    trust.verify_flags |= ssl.VERIFY_X509_STRICT  # the default of later versions of Python
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(10)
-
-        def answer() -> None:
-            connection, _ = listener.accept()
-            try:
-                with offer.wrap_socket(connection, server_side=True) as wrapped:
-                    wrapped.sendall(b"hello")
-            except (ssl.SSLError, OSError):
-                pass  # the client has refused, and says why
-            finally:
-                connection.close()
-
-        thread = threading.Thread(target=answer)
-        thread.start()
-        try:
-            with (
-                socket.create_connection(listener.getsockname(), timeout=10) as plain,
-                trust.wrap_socket(plain, server_hostname=host) as wrapped,
-            ):
-                return wrapped.recv(5) == b"hello"
-        finally:
-            thread.join(10)
-
-
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
-def test_a_client_that_trusts_the_authority_connects(folder, host):
-    make_keys(folder, ["ann"])
-    assert connects(folder, folder / "ca.crt", host)
-    assert connects(folder, folder / "ca.crt", host, ssl.TLSVersion.TLSv1_3)
-
-
-def test_the_server_is_known_by_every_host_given_and_no_other(folder):
-    make_keys(folder, ["ann"], hosts=["FL.example.org", "192.0.2.7", "::1", "fl.example.org"])
-    for host in ("fl.example.org", "192.0.2.7", "::1"):
-        assert connects(folder, folder / "ca.crt", host)
-    for host in ("localhost", "127.0.0.1", "example.org", "a.fl.example.org"):
-        with pytest.raises(ssl.SSLCertVerificationError, match=r"mismatch|not valid for"):
-            connects(folder, folder / "ca.crt", host)
-
-
-def test_another_authority_is_refused(folder, tmp_path):
-    make_keys(folder, ["ann"])
-    make_keys(tmp_path / "other", ["ann"])
-    names = [
-        x509.load_pem_x509_certificate((at / "ca.crt").read_bytes()).subject for at in (folder, tmp_path / "other")
-    ]
-    assert names[0] != names[1]
-    with pytest.raises(ssl.SSLCertVerificationError, match="unable to get local issuer"):
-        connects(folder, tmp_path / "other" / "ca.crt", "localhost")
-
-
-def test_an_ended_certificate_is_refused(folder):
-    _make(folder, ["ann"], None, 3650, now() - timedelta(days=400))
-    assert connects(folder, folder / "ca.crt", "localhost")
-    (folder / "server.crt").unlink()
-    _make(folder, ["ann"], None, 30, now() - timedelta(days=40))
-    with pytest.raises(ssl.SSLCertVerificationError, match="certificate has expired"):
-        connects(folder, folder / "ca.crt", "localhost")
-    assert describe_keys(folder)["server"]["state"] == "ended"
-
-
-def test_a_clock_that_is_a_little_behind_is_allowed_for(folder, tmp_path):
-    _make(folder, ["ann"], None, 30, now() + timedelta(minutes=4))
-    assert connects(folder, folder / "ca.crt", "localhost")
-    _make(tmp_path / "later", ["ann"], None, 30, now() + timedelta(minutes=20))
-    with pytest.raises(ssl.SSLCertVerificationError, match="not yet valid"):
-        connects(tmp_path / "later", tmp_path / "later" / "ca.crt", "localhost")
-
-
-def test_the_chain_holds_by_a_second_implementation(folder, tmp_path):
-    make_keys(folder, ["ann"], hosts=["localhost", "10.1.2.3"], days=40)
-    make_keys(tmp_path / "other", ["ann"])
-    ca, server = (x509.load_pem_x509_certificate((folder / name).read_bytes()) for name in ("ca.crt", "server.crt"))
-    other = x509.load_pem_x509_certificate((tmp_path / "other" / "ca.crt").read_bytes())
-
-    def verify(root, subject, at):
-        PolicyBuilder().store(Store([root])).time(at).build_server_verifier(subject).verify(server, [])
-
-    for subject in (x509.DNSName("localhost"), x509.IPAddress(ip_address("10.1.2.3"))):
-        verify(ca, subject, now())
-        for root, wrong, at in (
-            (other, subject, now()),
-            (ca, x509.DNSName("example.org"), now()),
-            (ca, subject, now() + timedelta(days=41)),
-            (ca, subject, now() - timedelta(minutes=6)),
-        ):
-            with pytest.raises(VerificationError):
-                verify(root, wrong, at)
-
-
-def test_the_authority_signs_servers_and_nothing_below_them(folder):
-    make_keys(folder, ["ann"])
-    ca, server = (x509.load_pem_x509_certificate((folder / name).read_bytes()) for name in ("ca.crt", "server.crt"))
-    basic = ca.extensions.get_extension_for_class(x509.BasicConstraints)
-    usage = ca.extensions.get_extension_for_class(x509.KeyUsage)
-    assert (basic.critical, basic.value.ca, basic.value.path_length) == (True, True, 0)
-    assert (usage.value.key_cert_sign, usage.value.crl_sign, usage.value.digital_signature) == (True, True, False)
-    identity = ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-    signer = server.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
-    assert signer.key_identifier == identity.digest
-    purposes = server.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    assert list(purposes) == [x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]
-    hosts = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert hosts.get_values_for_type(x509.DNSName) == ["localhost"]
-    assert hosts.get_values_for_type(x509.IPAddress) == [ip_address("127.0.0.1")]
-    assert ca.public_key().curve.name == server.public_key().curve.name == "secp256r1"
-    assert timedelta(minutes=4) < datetime.now(UTC) - ca.not_valid_before_utc < timedelta(minutes=6)
-    assert abs(ca.not_valid_after_utc - datetime.now(UTC) - timedelta(days=365)) < timedelta(minutes=1)
-
-
-def test_a_server_never_outlives_its_authority(folder):
-    make_keys(folder, ["ann"], days=10)
-    (folder / "server.crt").unlink()
-    found = make_keys(folder, ["ann"], days=3650)
-    assert found["made"] == ["server.crt"]
-    assert found["server"]["ends"] == found["authority"]["ends"]
 
 
 # Keys of data holders
@@ -359,7 +211,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(folder, spoil, word
 
 
 def test_an_ended_authority_signs_nothing(folder):
-    _make(folder, ["ann"], None, 10, now() - timedelta(days=20))
+    make_at(folder, ["ann"], None, 10, now() - timedelta(days=20))
     make_keys(folder, ["ben"])  # needs no signature
     (folder / "server.crt").unlink()
     with pytest.raises(InputError, match=r"ca\.crt ended on") as caught:

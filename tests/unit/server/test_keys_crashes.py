@@ -11,9 +11,9 @@ import pytest
 
 from fedhead.common.errors import InputError
 from fedhead.common.failpoints import installed, reach
-from fedhead.server.key_files import PRIVATE, PUBLIC, KeyFolder
-from fedhead.server.key_pairs import certificate, node_key, node_public, tls_key
 from fedhead.server.keys import describe_keys, make_keys
+from fedhead.server.keys.files import PRIVATE, PUBLIC, KeyFolder
+from fedhead.server.keys.pairs import certificate, node_key, node_public, tls_key
 
 HOLDERS = ["ann", "ben"]
 FILES = [

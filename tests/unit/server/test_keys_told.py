@@ -6,8 +6,8 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 from cryptography import x509
@@ -15,30 +15,17 @@ from cryptography.hazmat.primitives import serialization
 
 from fedhead.common.errors import ConfigError, InputError
 from fedhead.common.failpoints import installed
-from fedhead.server.certificates import host_name
-from fedhead.server.keys import _make, describe_keys, make_keys, show_keys
+from fedhead.server.keys import describe_keys, make_keys, show_keys
+from fedhead.server.keys.certificates import host_name
+from fedhead.server.keys.making import make_at
 
-
-def now() -> datetime:
-    """Asked anew: a test may run long after this file was read."""
-    return datetime.now(UTC)
+FOLDERS = run_path(str(Path(__file__).with_name("key_folders.py")))
+contents, now, one_line = (FOLDERS[name] for name in ("contents", "now", "one_line"))
 
 
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path / "keys"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def one_line(caught) -> str:
-    text = str(caught.value)
-    assert "\n" not in text
-    assert ": " in text
-    assert text.endswith(".") or "Run: chmod" in text
-    return text
 
 
 # Bad input
@@ -158,7 +145,7 @@ def test_a_full_disk_is_one_line(folder, point):
 
 
 def test_what_is_there_is_described(folder):
-    _make(folder, ["ann"], None, 3650, now())
+    make_at(folder, ["ann"], None, 3650, now())
     (folder / "server.crt").unlink()
     found = make_keys(folder, ["ann"], days=29)
     told = describe_keys(folder)

@@ -95,7 +95,7 @@ def test_only_those_of_the_cohort_are_asked(link):
 def test_the_beginning_waits_for_all_who_are_connected(link):
     link.online = set(NODES)
     link.mute.add("west")
-    link.at(20, lambda: link.mute.clear())
+    link.at(20, link.mute.clear)
     assert callers(link).present(list(NODES)) == NODES
     assert link.now >= 20
 

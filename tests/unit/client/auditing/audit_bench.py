@@ -7,6 +7,7 @@ import torch
 
 from fedhead.client import gradients
 from fedhead.client.auditing.canaries import craft
+from fedhead.client.auditing.setup import Setup
 from fedhead.client.gradients import ClosedForm, of_persons
 from fedhead.client.hooked import Ghost
 from fedhead.client.training import StepPlan, Trainer
@@ -58,11 +59,11 @@ class Bench:
     def streams(self, number):
         return system_streams() if self.system else simulation_streams(self.seed, "holder", number)
 
-    def arguments(self):
-        return self.make, self.task, self.real, self.targets, self.plan
-
-    def named(self):
-        return {"canaries": self.canaries, "generator": self.generator}
+    def setup(self, **changes):
+        made = Setup(
+            self.make, self.task, self.real, self.targets, self.plan, self.streams, self.canaries, self.generator
+        )
+        return replace(made, **changes)
 
 
 def clip_looser(monkeypatch, factor=1.5):

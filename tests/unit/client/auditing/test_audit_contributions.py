@@ -21,7 +21,7 @@ def small(monkeypatch):
 
 
 def found(bench):
-    return largest_contribution(*bench.arguments(), bench.streams, **bench.named())
+    return largest_contribution(bench.setup())
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,7 @@ POISSON = {"mechanism": "poisson", "sample_rate": 0.5, "local_steps": 4}
 
 
 def found(**settings):
-    made = Bench(**settings)
-    return largest_difference(*made.arguments(), made.streams, **made.named())
+    return largest_difference(Bench(**settings).setup())
 
 
 @pytest.mark.parametrize("system", [False, True], ids=["simulated", "deployed"])
@@ -37,7 +36,7 @@ def test_a_sound_path_gives_the_sums_of_the_reference(system, people, head, plan
 def test_long_features_in_a_simulation():
     made = Bench(normalize=False)
     made.real.values.mul_(300)
-    assert largest_difference(*made.arguments(), made.streams, **made.named()).share < 0.5
+    assert largest_difference(made.setup()).share < 0.5
 
 
 def weighted(monkeypatch, weight):

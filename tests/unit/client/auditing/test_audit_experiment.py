@@ -33,7 +33,7 @@ def variance_p(residuals):
 
 
 def seen(bench, rounds=6, **settings):
-    return observe(*bench.arguments(), rounds, bench.streams, **bench.named(), **settings)
+    return observe(bench.setup(**settings), rounds)
 
 
 SETTINGS = [
@@ -163,7 +163,7 @@ def test_what_cannot_be_audited_is_refused():
         seen(Bench(), 0)
     persons, records = Bench(people=2), Bench()
     with pytest.raises(InputError, match=r"canaries\.records is None"):
-        observe(*persons.arguments(), 1, persons.streams, **records.named())
+        observe(persons.setup(canaries=records.canaries), 1)
     bench = Bench(features=12)
     bench.make = lambda: Trainable(None, True, Tied())
     with pytest.raises(InputError, match="sees a feature vector more than once"):
@@ -257,7 +257,7 @@ def test_noise_that_a_retry_uses_again_shows():
             return TorchNoise(torch.Generator().manual_seed(step))
 
     bench = Bench(system=True)
-    found = observe(*bench.arguments(), 2, lambda _: Kept(), **bench.named())
+    found = observe(bench.setup(streams_for=lambda _: Kept()), 2)
     first, second = found.asked_twice
     assert np.allclose(first, second, atol=1e-3)
 
@@ -278,7 +278,7 @@ def test_noise_that_is_made_from_the_sum_shows_in_a_retry():
             return FromSum()
 
     bench = Bench(system=True)
-    found = observe(*bench.arguments(), 2, lambda _: Keyed(), **bench.named())
+    found = observe(bench.setup(streams_for=lambda _: Keyed()), 2)
     assert np.allclose(*found.asked_twice, atol=1e-3)
     assert variance_p(found.residuals) > RARE  # nothing else sees it
 

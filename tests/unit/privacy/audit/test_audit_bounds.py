@@ -16,6 +16,7 @@ from scipy.stats import binom, norm
 
 from fedhead.common.errors import InputError
 from fedhead.common.privacy.audit.bounds import (
+    Attack,
     clopper_pearson,
     f_dp,
     f_dp_p_value,
@@ -38,10 +39,11 @@ def draw(canaries, mu, seed=0):
 
 
 def all_three(scores, included, claim=CLAIM, claimed=(5.0, DELTA), gaussian=True):
+    attack = Attack(scores, included, DELTA)
     return [
-        one_run(scores, included, DELTA, claimed=claimed),
-        f_dp(scores, included, DELTA, claim=claim, gaussian=gaussian),
-        clopper_pearson(scores, included, DELTA, claim=claim, gaussian=gaussian),
+        one_run(attack, claimed=claimed),
+        f_dp(attack, claim=claim, gaussian=gaussian),
+        clopper_pearson(attack, claim=claim, gaussian=gaussian),
     ]
 
 
@@ -161,7 +163,7 @@ def perfect(canaries):
 
 def test_one_run_bound_of_a_perfect_attack_in_closed_form():
     scores, included = perfect(400)
-    found = one_run(scores, included, 1e-300, claimed=(1.0, 0.0))
+    found = one_run(Attack(scores, included, 1e-300), claimed=(1.0, 0.0))
     assert (found.guesses, found.right) == (2 * guess_count(400), 2 * guess_count(400))
     least = 0.05 ** (1 / found.guesses)
     assert found.epsilon == pytest.approx(math.log(least / (1 - least)), rel=1e-5)
@@ -170,7 +172,7 @@ def test_one_run_bound_of_a_perfect_attack_in_closed_form():
 
 def test_clopper_pearson_bound_of_a_perfect_attack_in_closed_form():
     included = np.arange(60) % 2 == 0
-    found = clopper_pearson(np.where(included, 1.0, -1.0), included, DELTA, claim=CLAIM, gaussian=True)
+    found = clopper_pearson(Attack(np.where(included, 1.0, -1.0), included, DELTA), claim=CLAIM, gaussian=True)
     assert found.right == found.guesses == 42
 
     # which canaries are counted is drawn with a fixed seed; how many of them were in is tried out
@@ -213,9 +215,12 @@ def test_only_the_order_of_scores_counts():
 
 def test_ties_fall_without_a_look_at_the_coins():
     included = draw(300, 0.0)[1]
-    one, other = (f_dp(np.ones(300), coins, DELTA, claim=CLAIM, gaussian=True) for coins in (included, ~included))
+    one, other = (
+        f_dp(Attack(np.ones(300), coins, DELTA), claim=CLAIM, gaussian=True) for coins in (included, ~included)
+    )
     assert one.right + other.right == one.guesses
-    sorted_out = f_dp(included.astype(float), included, DELTA, claim=CLAIM, gaussian=True)  # a tie-break that does look
+    looking = Attack(included.astype(float), included, DELTA)  # a tie-break that does look
+    sorted_out = f_dp(looking, claim=CLAIM, gaussian=True)
     assert sorted_out.right == sorted_out.guesses
 
 
@@ -249,8 +254,8 @@ def test_guesses_never_overlap(canaries):
 
 
 def test_no_noise_refutes_every_claim_from_twenty_canaries_on_and_an_empty_claim_never():
-    scores, included = perfect(20)
-    assert f_dp(scores, included, DELTA, claim=gaussian_curve(mu_for(1.0, DELTA)), gaussian=True).claim_p_value < 0.01
+    attack = Attack(*perfect(20), DELTA)
+    assert f_dp(attack, claim=gaussian_curve(mu_for(1.0, DELTA)), gaussian=True).claim_p_value < 0.01
     nothing = all_three(*perfect(2000), claim=gaussian_curve(math.inf), claimed=(math.inf, DELTA))
     assert [found.claim_p_value for found in nothing] == [1.0, 1.0, 1.0]
 
@@ -261,7 +266,7 @@ def test_two_thousand_canaries_take_less_than_a_second(rows):
     for test in (one_run, f_dp, clopper_pearson):
         options = {"claimed": (5.0, DELTA)} if test is one_run else {"claim": claim, "gaussian": False}
         start = time.process_time()
-        test(*observed, DELTA, **options)
+        test(Attack(*observed, DELTA), **options)
         assert time.process_time() - start < 1
 
 
@@ -282,17 +287,12 @@ def test_two_thousand_canaries_take_less_than_a_second(rows):
 )
 def test_bad_input_is_named_in_one_line(change, says):
     given = {"scores": np.zeros(10), "included": np.zeros(10, dtype=bool), "delta": DELTA, "confidence": 0.95} | change
-    for test, options in (
-        (one_run, {"claimed": (1.0, DELTA)}),
-        (f_dp, {"claim": CLAIM, "gaussian": True}),
-        (clopper_pearson, {"claim": CLAIM, "gaussian": True}),
-    ):
-        with pytest.raises(InputError, match=says) as fault:
-            test(given["scores"], given["included"], given["delta"], confidence=given["confidence"], **options)
-        assert "\n" not in str(fault.value)
+    with pytest.raises(InputError, match=says) as fault:
+        Attack(**given)
+    assert "\n" not in str(fault.value)
 
 
 @pytest.mark.parametrize("claimed", [(-1.0, DELTA), (math.nan, DELTA), (1.0, 1.0), (1.0, -0.1)])
 def test_a_claim_that_is_none_is_named(claimed):
     with pytest.raises(InputError, match="claimed is"):
-        one_run(*draw(10, 1.0), DELTA, claimed=claimed)
+        one_run(Attack(*draw(10, 1.0), DELTA), claimed=claimed)

@@ -16,9 +16,9 @@ from rich.text import Text
 
 from fedhead.common.config.faults import fault
 from fedhead.common.errors import InputError
-from fedhead.server.certificates import host_text, hosts_of
-from fedhead.server.key_files import PRIVATE, KeyFolder
-from fedhead.server.key_pairs import (
+from fedhead.server.keys.certificates import host_text, hosts_of
+from fedhead.server.keys.files import PRIVATE, KeyFolder
+from fedhead.server.keys.pairs import (
     CA_CERTIFICATE,
     CA_KEY,
     RESERVED,

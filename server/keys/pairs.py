@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedhead.common.errors import InputError
-from fedhead.server.key_files import PRIVATE, PUBLIC, KeyFolder
+from fedhead.server.keys.files import PRIVATE, PUBLIC, KeyFolder
 
 CA_CERTIFICATE: Final = "ca.crt"
 CA_KEY: Final = "ca.key"

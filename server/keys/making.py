@@ -1,12 +1,8 @@
-"""`fedhead keys DIR`: what a deployment proves itself with, made once and never overwritten.
+"""Making what is missing of a deployment's keys and certificates, and refusing what doesn't fit together.
 
-    ca.key, ca.crt            an authority of this federation's own (EC P-256)
-    server.key, server.crt    the server's TLS key and certificate (EC P-256), signed by it
-    NAME.key, NAME.pub        one pair a data holder (EC P-384, OpenSSH), as Flower's node authentication takes it
-
-Private files have mode 0600 in a folder of mode 0700, public ones 0644. A private half is always there before its
-public one, so that what a killed process leaves can be completed: the public half is made from the private one. A
-public half alone is as it should be: the private one has gone to its holder, or was made there.
+A private half is always there before its public one, so that what a killed process leaves can be completed: the public
+half is made from the private one. A public half alone is as it should be: the private one has gone to its holder, or
+was made there.
 """
 
 from __future__ import annotations
@@ -26,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fedhead.common.config.faults import fault
 from fedhead.common.config.names import NAME_RULE, is_name
 from fedhead.common.errors import ConfigError, InputError
-from fedhead.server.certificates import (
+from fedhead.server.keys.certificates import (
     host_name,
     host_text,
     hosts_of,
@@ -34,8 +30,8 @@ from fedhead.server.certificates import (
     make_server_certificate,
     signs,
 )
-from fedhead.server.key_files import PRIVATE, PUBLIC, KeyFolder
-from fedhead.server.key_pairs import (
+from fedhead.server.keys.files import PRIVATE, PUBLIC, KeyFolder
+from fedhead.server.keys.pairs import (
     CA_CERTIFICATE,
     CA_KEY,
     RESERVED,
@@ -52,9 +48,7 @@ from fedhead.server.key_pairs import (
     tls_bytes,
     tls_key,
 )
-from fedhead.server.key_report import describe, describe_keys, show_keys
-
-__all__ = ["DEFAULT_HOSTS", "LONGEST_DAYS", "describe_keys", "make_keys", "show_keys"]
+from fedhead.server.keys.report import describe
 
 DEFAULT_HOSTS: Final = ("localhost", "127.0.0.1")
 LONGEST_DAYS: Final = 3650
@@ -98,12 +92,13 @@ def make_keys(
     Guarantee: no file is ever replaced. Every file appears whole or not at all, whatever is killed; a second call
     completes what a killed one began. Processes at the same time end with one set of keys that fit each other.
     """
-    return _make(folder, holders, hosts, days, datetime.now(UTC))
+    return make_at(folder, holders, hosts, days, datetime.now(UTC))
 
 
-def _make(
+def make_at(
     folder: Path, holders: Sequence[str], hosts: Sequence[str] | None, days: int, now: datetime
 ) -> dict[str, Any]:
+    """What `make_keys` does, at a time."""
     faults = [*_holder_faults(holders), *_host_faults(hosts), *_day_faults(days)]
     if faults:
         raise ConfigError(faults)

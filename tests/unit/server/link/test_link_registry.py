@@ -1,0 +1,82 @@
+"""Keys become nodes, and nodes whose key was taken away are gone for good."""
+
+import logging
+from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
+
+import pytest
+
+from fedhead.server.link.flower import registrations
+from fedhead.server.link.registry import Registry
+
+BENCH = SimpleNamespace(**run_path(str(Path(__file__).with_name("link_bench.py"))))
+A, B, C = (BENCH.pem(number) for number in (1, 2, 3))
+
+
+@pytest.fixture
+def state(tmp_path):
+    return BENCH.make_state(tmp_path)
+
+
+def test_new_keys_are_registered_once(state):
+    first = Registry(state)
+    first.update({"north": A, "south": B})
+    assert set(first.nodes) == {A, B}
+    assert sorted(first.names.values()) == ["north", "south"]
+    again = Registry(state)  # the server was restarted
+    again.update({"north": A, "south": B})
+    assert (again.nodes, again.names) == (first.nodes, first.names)
+    assert len(registrations(state)) == 2
+
+
+def test_a_key_that_is_added_and_one_that_is_taken_away(state):
+    registry = Registry(state)
+    registry.update({"north": A, "south": B})
+    kept = registry.nodes[A]
+    registry.update({"north": A, "west": C})
+    assert set(registry.nodes) == {A, C}
+    assert registry.nodes[A] == kept
+    assert state.get_node_id_by_public_key(B) is None
+    assert {found.key: found.deleted for found in registrations(state)} == {A: False, B: True, C: False}
+
+
+def test_a_key_that_comes_back_is_one_line_with_the_remedy(state, caplog):
+    registry = Registry(state)
+    registry.update({"north": A, "south": B})
+    registry.update({"north": A})
+    with caplog.at_level(logging.ERROR, "fedhead"):
+        registry.update({"north": A, "south": B})
+    (record,) = caplog.records
+    assert record.getMessage().startswith("data holder south: its key was taken away before")
+    assert "Ask for a new key" in record.getMessage()
+    assert (set(registry.nodes), list(registry.names.values())) == ({A}, ["north"])
+
+
+def test_a_holder_that_is_renamed_keeps_its_node(state):
+    registry = Registry(state)
+    registry.update({"north": A})
+    node = registry.nodes[A]
+    registry.update({"st-mary": A})
+    assert registry.names == {node: "st-mary"}
+
+
+def test_who_is_connected(state):
+    registry = Registry(state)
+    registry.update({"north": A, "south": B})
+    assert registry.online() == (0, 2)
+    state.activate_node(registry.nodes[A], 30)
+    assert registry.online() == (1, 2)
+
+
+def test_a_key_that_was_taken_away_is_refused_also_where_the_database_fails(state, monkeypatch):
+    registry = Registry(state)
+    registry.update({"north": A, "south": B})
+
+    def broken(**_):
+        raise OSError("disk")
+
+    monkeypatch.setattr(state, "get_node_info", broken)
+    with pytest.raises(OSError, match="disk"):
+        registry.update({"north": A})
+    assert set(registry.nodes) == {A}

@@ -9,7 +9,8 @@ Every line is a finding with one of four states:
 
 Numbers of records, persons and labels appear here and nowhere else: they are for the holder's terminal, never for a
 server. What is written: the storage folder where it is missing, and what this domain has held (domains.py). The
-ledger is only read. What concerns the storage folder is in standing.py.
+ledger is only read. What concerns the storage folder is in standing.py, the coordinator in connection.py, features
+and the cost of a recipe in foresight.py.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedhead.client.findings import NO_RECORDS, Finding, State, apart, count, open_to_others
+from fedhead.client.connection import connection
+from fedhead.client.findings import NO_RECORDS, Finding, State, apart, count
+from fedhead.client.foresight import foresight
 from fedhead.client.holder import HolderFile, load_holder
 from fedhead.client.standing import disjoint, ledger, storage
+from fedhead.common.config import RunConfig
 from fedhead.common.data.persons import names_of
 from fedhead.common.data.records import Records
 from fedhead.common.data.sources import load_records
@@ -63,24 +67,41 @@ class Report:
         }
 
 
-def check_holder(path: str | Path) -> Report:
+def check_holder(
+    path: str | Path, *, connect: bool = True, recipe: RunConfig | None = None, joining: bool = False
+) -> Report:
     """Look at everything that a data holder needs.
 
     Parameters
     ----------
     path : path
         A holder.toml.
+    connect : bool
+        False: the network is not touched.
+    recipe : RunConfig, optional
+        A recipe that the coordinator has told: also whether the holder would take part in it, what it would cost, and
+        how long its features take. Loads its backbone.
+    joining : bool
+        Whether the holder joins if all is well: settings that only joining needs must then be there, and a server that
+        can't be reached at the moment is a warning, because joining goes on trying.
 
     Raises
     ------
     ConfigError
         The file itself has faults; every other fault is a finding.
+
+    Notes
+    -----
+    Guarantee: what is sent is one request with a signature over the time, and only where server, ca and key are given.
     """
     holder = load_holder(path)
     records = _read(holder)
     findings = [
-        *_file(holder), *_data(holder, records), *_people(holder, records), *_limits(holder, records),
-        *storage(holder), *ledger(holder), *disjoint(holder, records),
+        Finding("holder file", "ok", f"{holder.name}, domain {holder.budget.domain}"),
+        *connection(holder, connect=connect, joining=joining),
+        *_data(holder, records), *_people(holder, records), *_limits(holder, records),
+        *storage(holder), *ledger(holder),
+        *foresight(holder, records, recipe), *disjoint(holder, records),
     ]  # fmt: skip
     return Report(holder.name, holder.budget.domain, tuple(findings))
 
@@ -113,15 +134,6 @@ def _read(holder: HolderFile) -> Records | DataError:
         # The reader speaks of recipes; here the same settings stand in the holder's own file.
         text = str(error).replace("task.labels", "data.labels").replace("the recipe's folder", "this file's folder")
         return DataError(text)
-
-
-def _file(holder: HolderFile) -> Iterator[Finding]:
-    yield Finding("holder file", "ok", f"{holder.name}, domain {holder.budget.domain}")
-    given = [name for name in ("server", "ca", "key") if getattr(holder, name) is not None]
-    shown = f"{', '.join(given)}: given, not tried" if given else "server, ca and key are not given"
-    yield Finding("connection", "unknown", f"{shown}; that comes with `fedhead join`")
-    if holder.key is not None and open_to_others(holder.path(holder.key)):
-        yield Finding("key", "remedy", "others can read the private key", f"Run: chmod 600 {holder.path(holder.key)}")
 
 
 def _data(holder: HolderFile, records: Records | DataError) -> Iterator[Finding]:
@@ -180,7 +192,7 @@ def _limits(holder: HolderFile, records: Records | DataError) -> Iterator[Findin
             "Take part with more records, or lower it.",
         )  # fmt: skip
     else:
-        yield Finding("least records", "ok", f"{len(records)} records, at least {least} wanted")
+        yield Finding("least records", "ok", f"{count(len(records), 'record')}, at least {least:,} wanted")
     if "holder" in limits.units:
         yield Finding(
             "unit", "warning", "the unit holder is accepted: the server is then trusted to add the noise",

@@ -12,7 +12,7 @@ from pathlib import Path
 from fedhead.client.admission import Admission
 from fedhead.client.domains import Domains, identities
 from fedhead.client.gradients import of_persons
-from fedhead.client.holder import HolderFile, load_holder
+from fedhead.client.holder import MADE, HolderFile, load_holder
 from fedhead.client.placing import alone, place
 from fedhead.client.training import CHUNK, Trainer
 from fedhead.client.workplace import Workplace, fingerprint
@@ -30,9 +30,6 @@ from fedhead.common.results import write_aside
 from fedhead.common.tasks import make_task
 
 log = logging.getLogger("fedhead.client")
-
-MADE = "ledger.made"
-"""Beside the ledger: says that there was one."""
 
 
 def deploy(path: Path, recipe: str) -> Workplace:

@@ -54,3 +54,17 @@ def delta_as(value: float) -> str:
     """A delta as it is typed: 1e-6."""
     mantissa, _, exponent = f"{value:.3g}".partition("e")
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+
+
+def span(seconds: float) -> str:
+    """A time as it is said: 3 s, 5 min, 2 h 10 min, 3 days."""
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    hours, rest = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h" + (f" {rest} min" if rest else "")
+    return count(round(hours / 24), "day")

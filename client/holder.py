@@ -1,6 +1,8 @@
 """holder.toml: the data holder's own file. Nothing that arrives from a server can change what it says.
 
-name, server, ca, key     who this is, and where it will join
+name                      who this is
+server, ca, key           where it joins, and how the two know each other
+metrics                   where its figures can be read, on this machine alone
 [data]                    the records
 [budget]                  what they may cost in all
 [limits]                  what a request may ask for
@@ -20,11 +22,14 @@ from fedhead.common.config.faults import fault, faults_of, setting_name
 from fedhead.common.config.limits import Budget, Limits
 from fedhead.common.config.names import Name, is_name
 from fedhead.common.config.tables import Table, known_keys, part_of, read_toml
-from fedhead.common.errors import ConfigError
+from fedhead.common.errors import ConfigError, InputError
 
-LEDGER = "ledger.sqlite"
+LEDGER, FEATURES = "ledger.sqlite", "features"
+MADE = "ledger.made"
+"""Beside the ledger: says that there was one."""
 ROLES = ("text", "image", "vector", "label")
 _PATH = r"^[^\x00]+$"
+_ADDRESS = r"^\S+:[0-9]{1,5}$"
 _PAGE = "docs/holder.md"
 
 
@@ -71,10 +76,16 @@ class HolderFile(Table):
 
     name: Name = Field(description="The holder's name, as the ledger writes it.")
     server: str | None = Field(
-        None, pattern=r"^\S+:[0-9]+$", description="Address of the coordinator, `fl.example.org:8443`. For `join`."
+        None, pattern=_ADDRESS, description="Address of the coordinator, `fl.example.org:8443`. For `join`."
     )
     ca: str | None = Field(None, pattern=_PATH, description="Certificate that the coordinator is known by. For `join`.")
     key: str | None = Field(None, pattern=_PATH, description="This holder's private key. For `join`.")
+    metrics: str | None = Field(
+        None,
+        pattern=_ADDRESS,
+        description="Where monitoring on this machine reads figures of a holder that has joined, `127.0.0.1:9102`. "
+        "Loopback only. Default: nowhere.",
+    )
     data: HolderData = Field(description="The records.")
     budget: Budget = Field(description="What may be spent in all, over runs, restarts and changes of the data.")
     limits: Limits = Field(default_factory=Limits, description="What a request may ask for.")
@@ -97,6 +108,11 @@ class HolderFile(Table):
         """The ledger's file; it may not be there yet."""
         return self.folder / LEDGER
 
+    @property
+    def features(self) -> Path:
+        """The folder of cached features; it may not be there yet."""
+        return self.folder / FEATURES
+
     def path(self, text: str) -> Path:
         """A path as typed in the file: relative ones start from the file's folder."""
         return _resolve(text, self.base)
@@ -106,8 +122,10 @@ class HolderFile(Table):
 class _Parts:
     """The settings of a file; None for one that has faults of its own, or isn't given."""
 
+    server: str | None = None
     ca: str | None = None
     key: str | None = None
+    metrics: str | None = None
     data: HolderData | None = None
     budget: Budget | None = None
     limits: Limits | None = None
@@ -163,6 +181,12 @@ def make_holder(raw: Mapping[str, Any], base: Path | None = None) -> HolderFile:
     return found
 
 
+def address_of(text: str) -> tuple[str, int]:
+    """Host and port of an address such as `fl.example.org:8443` or `[2001:db8::7]:8443`; the host without brackets."""
+    host, _, port = text.rpartition(":")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
 def _resolve(text: str, base: Path) -> Path:
     return base / Path(text).expanduser()
 
@@ -182,6 +206,24 @@ def _files(parts: _Parts, base: Path) -> Iterator[str]:
             yield fault(
                 name, text, "there is no such file", "Paths start at the file's folder; correct it, or leave it out."
             )
+
+
+def _addresses(parts: _Parts, _: Path) -> Iterator[str]:
+    for name, example in (("server", "fl.example.org:8443"), ("metrics", "127.0.0.1:9102")):
+        text = getattr(parts, name)
+        if text is None:
+            continue
+        if not 1 <= address_of(text)[1] <= 65_535:
+            yield fault(name, text, "a port must be a number from 1 to 65535", f"Give one such as {example}.")
+        elif name == "server" and "/" in text:
+            yield fault(name, text, "it must be a host and a port, without a scheme", f"Give one such as {example}.")
+        elif name == "metrics":
+            from fedhead.common.operations.metrics import loopback  # brings prometheus_client, which few files need
+
+            try:
+                loopback(text)
+            except InputError as error:
+                yield str(error)
 
 
 def _data(parts: _Parts, _: Path) -> Iterator[str]:
@@ -269,4 +311,4 @@ def _limits(parts: _Parts, _: Path) -> Iterator[str]:
         )  # fmt: skip
 
 
-_RULES: tuple[Callable[[_Parts, Path], Iterator[str]], ...] = (_files, _data, _budget, _limits)
+_RULES: tuple[Callable[[_Parts, Path], Iterator[str]], ...] = (_files, _addresses, _data, _budget, _limits)

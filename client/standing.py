@@ -8,7 +8,7 @@ from typing import Final
 
 from fedhead.client.domains import DomainError, Domains, identities
 from fedhead.client.findings import Finding, apart, count, delta_as, left_as, open_to_others, spent_as
-from fedhead.client.holder import HolderFile
+from fedhead.client.holder import MADE, HolderFile
 from fedhead.common.data.records import Records
 from fedhead.common.errors import DataError, FedheadError
 from fedhead.common.privacy.filters import Terms, Totals, left, spent
@@ -43,6 +43,12 @@ def ledger(holder: HolderFile) -> Iterator[Finding]:
     """Whether the ledger verifies, and what is left of each domain's budget. Nothing is written."""
     if not usable(holder):
         yield Finding("ledger", "unknown", "not looked at: the storage folder can't be used")
+        return
+    if not holder.ledger.exists() and (holder.folder / MADE).exists():
+        yield Finding(
+            "ledger", "remedy", f"{holder.ledger} is gone: what it held is spent",
+            "Restore its newest copy; for records that no ledger has charged yet, use another storage folder.",
+        )  # fmt: skip
         return
     if not holder.ledger.exists():
         yield Finding("ledger", "ok", "none yet: nothing was ever spent here")

@@ -67,9 +67,9 @@ def test_with_a_recipe_all_is_foreseen_and_nothing_is_written(here, tiny):
 
 
 def test_features_that_a_run_has_left_are_found_again(here, tiny):
-    assert found(here)["features"].text.startswith("none cached of these records")
+    assert found(here)["features"].text.startswith("none cached yet")
     deploy(here / "holder.toml", to_json(tiny())).admission.close()
-    assert found(here)["features"].text.startswith("1 set is cached of as many records")
+    assert found(here)["features"].text.startswith("1 set cached of as many records")
     assert found(here, tiny())["features"].text == "cached for this recipe, of all 1,797 records"
     assert "computed" in found(here, tiny({"model.features.cache": "float16"}))["features"].text
     (values,) = (here / "state" / "features").glob("*/values.bin")
@@ -130,7 +130,12 @@ SHAPES = [
     {"privacy.metrics": {"every": 3, "noise_multiplier": 20.0}},
     {"privacy.metrics": {"every": 1, "noise_multiplier": 20.0}, "holders.per_round": 3},
     {"privacy.metrics": {"every": 8, "noise_multiplier": 20.0}},
-    {"privacy.mechanism": "poisson", "privacy.sample_rate": 0.1},
+    {
+        "privacy.mechanism": "poisson",
+        "privacy.sample_rate": 0.1,
+        "privacy.epsilon": None,
+        "privacy.noise_multiplier": 2.0,
+    },
     {"privacy.unit": "holder", "training.local_steps": 4, "holders.count": 50},
     {"privacy.unit": "person", "privacy.person": "whose", "privacy.records_per_person": 3},
 ]
@@ -188,8 +193,9 @@ def test_a_budget_that_does_not_allow_the_whole_run_is_told_and_nothing_is_spent
     assert "allows one run to spend" in found(here, tiny({"privacy.epsilon": 1.0}))["cost"].text
 
 
+@pytest.mark.slow
 def test_poisson_plans_are_paid_from_their_share(here, tiny):
-    config = tiny({**SHAPES[7], "privacy.epsilon": 1.0})
+    config = tiny({"privacy.mechanism": "poisson", "privacy.sample_rate": 0.1, "privacy.epsilon": 1.0})
     assert found(here, config)["cost"].state == "remedy"
     change(here, "delta = 1e-5", "delta = 2e-5\npoisson_share = 0.5")
     findings = found(here, config)
@@ -211,6 +217,16 @@ def test_a_damaged_ledger_leaves_the_cost_open(here, tiny):
     content[content.rfind(b'"steps"')] ^= 1
     path.write_bytes(content)
     assert found(here, tiny())["cost"].state == "unknown"
+
+
+def test_a_ledger_that_is_gone_is_not_taken_for_a_new_one(here, tiny):
+    deploy(here / "holder.toml", to_json(tiny())).admission.close()
+    (here / "state" / "ledger.sqlite").unlink()
+    report = check_holder(here / "holder.toml", recipe=tiny())
+    (ledger,) = [one for one in report.findings if one.name == "ledger"]
+    assert (ledger.state, "is gone: what it held is spent" in ledger.text) == ("remedy", True)
+    assert found(here, tiny())["cost"].state == "unknown"
+    assert not (here / "state" / "ledger.sqlite").exists()
 
 
 def test_without_records_nothing_is_foreseen(here, tiny):

@@ -10,7 +10,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from fedhead.client.holder import HolderFile, load_holder, make_holder
+from fedhead.client.holder import HolderFile, address_of, load_holder, make_holder
 from fedhead.common.config.tables import tables_of
 from fedhead.common.errors import ConfigError
 
@@ -107,6 +107,14 @@ def test_all_faults_are_reported_at_once(tmp_path):
         ({"name": "a/b"}, "name", "form"),
         ({"name": 3}, "name", "text"),
         ({"server": "no port"}, "server", "form"),
+        ({"server": "fl.example.org:0"}, "server", "from 1 to 65535"),
+        ({"server": "fl.example.org:65536"}, "server", "from 1 to 65535"),
+        ({"server": "https://fl.example.org:8443"}, "server", "without a scheme"),
+        ({"metrics": "9102"}, "metrics", "form"),
+        ({"metrics": "127.0.0.1:0"}, "metrics", "from 1 to 65535"),
+        ({"metrics": "0.0.0.0:9102"}, "metrics", "loopback"),
+        ({"metrics": "192.0.2.7:9102"}, "metrics", "loopback"),
+        ({"metrics": "monitor.example.org:9102"}, "metrics", "loopback"),
         ({"key": "missing.key"}, "key", "no such file"),
         ({"data": {"source": "records.csv"}}, "data.source", "form"),
         ({"data": {"person": "label"}}, "data.person", "column of its own"),
@@ -144,6 +152,18 @@ def test_each_rule(changes, setting, words, tmp_path):
     (line,) = faults(changes, tmp_path)
     assert re.match(rf"{setting} is .*({words})", line), line
     assert "recipe" not in line
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9102", "127.1.2.3:1", "localhost:65535", "[::1]:9102"])
+def test_figures_can_be_read_on_this_machine_alone(address):
+    assert make_holder({**SMALL, "metrics": address}).metrics == address
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"), [("fl.example.org:8443", "fl.example.org", 8443), ("[2001:db8::7]:1", "2001:db8::7", 1)]
+)
+def test_an_address_is_a_host_and_a_port(text, host, port):
+    assert address_of(text) == (host, port)
 
 
 @pytest.mark.parametrize("name", ["name", "data", "budget"])

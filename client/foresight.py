@@ -1,0 +1,295 @@
+"""What taking part would take: features that are there or have to be computed, a recipe's admission, and its cost.
+
+A holder learns the recipe of a run with its first message. Until then all that can be said is what the cache has; what
+is kept in it is named by a hash over backbone, preprocessing and records, which can't be read backwards. With a recipe
+that the coordinator has told beforehand, the rules that a deployed holder applies are gone through one by one, and the
+first round is admitted in a copy of the ledger: the same code answers, and nothing is spent.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from fedhead.client.findings import NO_RECORDS, Finding, apart, count, delta_as, left_as, span, spent_as
+from fedhead.client.holder import MADE, HolderFile
+from fedhead.client.standing import usable
+from fedhead.common.config import RunConfig
+from fedhead.common.data.records import Records
+from fedhead.common.errors import ConfigError, DataError, FedheadError, Refused
+from fedhead.common.refusals import BEYOND_BUDGET, BEYOND_RUN
+
+if TYPE_CHECKING:
+    from fedhead.common.config.schema import FeatureSettings
+    from fedhead.common.models.backbones import Backbone
+    from fedhead.common.protocol import RoundRequest
+
+LOOK_SECONDS: Final = 5.0  # that computing some features may take, to say how long all will
+GROWTH: Final = 4  # each look takes so many times the records of the one before
+
+_RUN: Final = "foresight"  # name of the run in the copy of the ledger
+
+
+def foresight(holder: HolderFile, records: Records | DataError, recipe: RunConfig | None) -> Iterator[Finding]:
+    """Features, and with a recipe what a deployed holder would say to it.
+
+    Parameters
+    ----------
+    holder : HolderFile
+    records : Records, or why there are none
+    recipe : RunConfig, optional
+        Its backbone is loaded, and if it is nowhere on this machine, fetched, as joining would.
+    """
+    if isinstance(records, DataError):
+        yield Finding("features", "unknown", NO_RECORDS)
+    elif recipe is None:
+        yield _cached(holder.features, len(records))
+    else:
+        yield from _with_recipe(holder, records, recipe)
+
+
+def _cached(folder: Path, records: int) -> Finding:
+    """What the cache has, without knowing the backbone; the checksums of its files are not verified here."""
+    fitting = sum(_records_of(manifest) == records for manifest in folder.glob("[!.]*/manifest.json"))
+    if not fitting:
+        text = "none cached yet: check --recipe tells how long they take"
+    else:
+        text = f"{count(fitting, 'set')} cached of as many records: check --recipe tells which"
+    return Finding("features", "unknown", text)
+
+
+def _records_of(manifest: Path) -> int | None:
+    """Of how many records an entry of the cache is."""
+    try:
+        files = json.loads(manifest.read_text())["files"]
+        if "offsets.bin" in files:
+            return int(files["offsets.bin"]["shape"][0]) - 1
+        return int(files["values.bin"]["shape"][0])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+
+
+def _with_recipe(holder: HolderFile, records: Records, recipe: RunConfig) -> Iterator[Finding]:
+    # these bring PyTorch and Flower, which a check without a recipe doesn't need
+    from fedhead.client.deployed import own_recipe
+    from fedhead.common.preparation import load_backbone_for
+
+    try:
+        config = own_recipe(holder, recipe)
+        backbone, _ = load_backbone_for(config, records)
+        _check_trained(holder, records, config, backbone)
+    except ConfigError as error:
+        yield from (Finding("recipe", "remedy", *_apart(line)) for line in error.faults)
+        return
+    except FedheadError as error:
+        yield Finding("recipe", "remedy", *_apart(str(error)))
+        return
+    allowed = holder.limits.backbones
+    if allowed is not None and backbone.digest not in {digest.removeprefix("sha256:") for digest in allowed}:
+        text = f"limits.backbones lacks its backbone, sha256:{backbone.digest}"
+        yield Finding("recipe", "remedy", text, "Add it to allow it.")
+    else:
+        yield from _admitted(holder, config, backbone.digest)
+    yield _computed(holder.features, backbone, records, config.model.features)
+
+
+def _apart(line: str) -> tuple[str, str]:
+    return apart(FedheadError(line))
+
+
+def _check_trained(holder: HolderFile, records: Records, config: RunConfig, backbone: Backbone) -> None:
+    """Refuse what a deployed holder refuses of the trained part, for these records."""
+    import torch
+
+    from fedhead.client.deployed import check_rounding
+    from fedhead.client.placing import alone, place
+    from fedhead.common.features import FeatureSet
+    from fedhead.common.preparation import Labelled, make_trainable
+    from fedhead.common.tasks import make_task
+
+    trainable = make_trainable(config, backbone, make_task(config.task))
+    # what is looked at is how many records or persons there are: their features need not be there yet
+    nothing = Labelled(FeatureSet(torch.zeros(len(records), 0)), torch.from_numpy(records.labels))
+    placed = place(config, nothing, alone(config, records), [holder.name])
+    if not holder.limits.allow_seeded_noise:
+        check_rounding(placed.training[0][1], trainable.double())
+
+
+# ------------------------------------------------------------------------------------------------------------- the cost
+
+
+def _admitted(holder: HolderFile, config: RunConfig, backbone: str) -> Iterator[Finding]:
+    """Whether limits and budget admit the run, by admitting its first round in a copy of the ledger."""
+    try:
+        request = _request(config, backbone)
+    except FedheadError as error:
+        yield Finding("recipe", "remedy", *_apart(str(error)))
+        return
+    privacy, limits = config.privacy, "Agree on another recipe with the coordinator, or change the limit."
+    within = Finding("recipe", "ok", f"within the limits: {config.model.head.kind} head, unit {privacy.unit}")
+    if not usable(holder) or (not holder.ledger.exists() and (holder.folder / MADE).exists()):
+        yield Finding("cost", "unknown", "not looked at: it takes the storage folder and the ledger in it")
+        return
+    try:
+        left_then = _rehearse(holder, request)
+    except Refused as refused:
+        if refused.code not in (BEYOND_BUDGET, BEYOND_RUN):
+            yield Finding("recipe", "remedy", f"a request would be refused: {refused}", limits)
+            return
+        yield within
+        text = f"{_cost(request)}; it would be refused: {refused}"
+        yield Finding("cost", "remedy", text, "Agree on fewer rounds or more noise with the coordinator.")
+        return
+    except FedheadError as error:
+        yield Finding("cost", "unknown", f"not looked at: {apart(error)[0]}")
+        return
+    yield within
+    if request.mechanism == "none":
+        yield Finding("cost", "ok", "none of the budget: the server adds the noise")
+    else:
+        yield Finding("cost", "ok", f"{_cost(request)}; {left_as(left_then)} is left then")
+
+
+def _request(config: RunConfig, backbone: str) -> RoundRequest:
+    """The request of the first round, with as many holders as the recipe says, as far as limits and cost look at it."""
+    from fedhead.common.privacy.planning import noise_multiplier_for
+    from fedhead.common.protocol import PlannedCounts, RoundRequest
+
+    privacy, training, holders = config.privacy, config.training, config.holders
+    cohort = min(holders.per_round or holders.count, holders.count)
+    asked = -(-training.rounds * cohort // holders.count)  # most rounds that one holder is asked in
+    trusting = privacy.unit == "holder" and privacy.mechanism != "none"
+    steps = asked if trusting else asked * training.local_steps
+    metrics, counts, other = privacy.metrics, 0, 0.0
+    if metrics is not None:
+        counts = min(asked, -(-training.rounds // metrics.every))
+        other = counts / metrics.noise_multiplier**2
+    noise = 0.0 if privacy.mechanism == "none" else privacy.noise_multiplier
+    if noise is None:
+        assert privacy.epsilon is not None  # held by the recipe's checks
+        assert privacy.mechanism != "none"
+        noise = noise_multiplier_for(
+            privacy.epsilon, privacy.delta, privacy.mechanism, steps, privacy.sample_rate, other
+        )
+    return RoundRequest(
+        run=_RUN,
+        round=1,
+        task=config.task.kind,
+        backbone=backbone,
+        unit=privacy.unit,
+        records_per_person=privacy.records_per_person if privacy.unit == "person" else None,
+        mechanism="none" if trusting else privacy.mechanism,
+        noise_multiplier=noise,
+        clipping_norm=privacy.clipping_norm,
+        sample_rate=privacy.sample_rate,
+        local_steps=training.local_steps,
+        declared_records=config.data.declared_records or 1,
+        optimizer=training.optimizer,
+        learning_rate=training.optimizer.learning_rate or 1.0,
+        plan_steps=steps,
+        delta=privacy.delta,
+        plan_counts=PlannedCounts(number=counts, noise_multiplier=metrics.noise_multiplier) if metrics else None,
+        metrics_noise=metrics.noise_multiplier if metrics and 1 in (metrics.every, training.rounds) else None,
+    )
+
+
+def _rehearse(holder: HolderFile, request: RoundRequest) -> float:
+    """Admit the first round of a run in a copy of the ledger; the epsilon that is left when the run has ended.
+
+    Raises
+    ------
+    Refused
+        As the holder would refuse it.
+    LedgerError
+        The ledger can't be read.
+    """
+    from flwr.app import ArrayRecord
+
+    from fedhead.client.admission import Admission, foreseen
+    from fedhead.common.privacy.filters import Totals, charge_of, left
+    from fedhead.common.privacy.ledger import Ledger
+    from fedhead.common.protocol import Asked
+
+    with tempfile.TemporaryDirectory() as folder:  # only its owner can enter it
+        copy = Path(folder) / holder.name / "ledger.sqlite"
+        if holder.ledger.exists():
+            with Ledger(holder.ledger, create=False, read_only=True) as ledger:
+                ledger.export(Path(folder))
+        copy.parent.mkdir(mode=0o700, exist_ok=True)
+        ledger = Ledger(copy)
+        admission = Admission(ledger, holder.limits, holder.budget, {holder.name: _RUN})
+        try:
+            admission.admit(holder.name, Asked(request, ArrayRecord(), _RUN, None), _RUN)
+            shared = {one.domain: one.shared for one in ledger.summary(holder.name)}
+        finally:
+            admission.close()
+    total = shared.get(holder.budget.domain, Totals())  # with the first round, of a Poisson plan with all of it
+    for event in foreseen(request):
+        total = total.plus(charge_of(event))
+    rest = left(holder.budget.terms(), total)
+    return rest.poisson_epsilon if request.mechanism == "poisson" else rest.epsilon
+
+
+def _cost(request: RoundRequest) -> str:
+    """What the whole run costs, as its own delta states it."""
+    from fedhead.common.privacy.planning import cost
+
+    counts = request.plan_counts
+    other = 0.0 if counts is None else counts.number / counts.noise_multiplier**2
+    found = cost(request.noise_multiplier, request.delta, request.plan_steps, request.sample_rate, other)
+    steps = count(request.plan_steps, "step")
+    return f"epsilon {spent_as(found.epsilon)} at delta {delta_as(request.delta)}, in {steps}"
+
+
+# --------------------------------------------------------------------------------------------------------- the features
+
+
+def _computed(folder: Path, backbone: Backbone, records: Records, settings: FeatureSettings) -> Finding:
+    """Whether the features that a recipe needs are cached, or how long computing them takes on this machine now."""
+    from fedhead.common.features.cache import open_entry
+    from fedhead.common.features.extraction import cache_key
+
+    if open_entry(folder, cache_key(backbone, records, settings)) is not None:
+        return Finding("features", "ok", f"cached for this recipe, of all {count(len(records), 'record')}")
+    seconds = _seconds(backbone, records, settings)
+    if seconds is None:
+        text = "none of the images that were looked at can be decoded"
+        return Finding("features", "remedy", text, "Check the files in data.source.")
+    when = f"about {span(seconds)} here" if seconds >= 2 else "a moment"
+    return Finding("features", "ok", f"computed when the run begins: {when} for {count(len(records), 'record')}")
+
+
+def _seconds(backbone: Backbone, records: Records, settings: FeatureSettings) -> float | None:
+    """How long the features of all records take, from some of them; None where none of those can be decoded.
+
+    Records are taken at random, in growing numbers until `LOOK_SECONDS` are nearly over. The largest look counts: its
+    batches are sorted by length, as those of all records are. One record comes before, for what is slow only once.
+    """
+    from fedhead.common.features import extract
+
+    order = np.random.default_rng(0).permutation(len(records))
+    best: tuple[int, float] | None = None
+    begun, start, size = time.perf_counter(), 0, 1
+    while start < len(order):
+        rows = order[start : start + size]
+        started = time.perf_counter()
+        try:
+            extract(backbone, records.select(rows), None, settings)
+        except DataError:  # none of these images can be decoded
+            pass
+        else:
+            now = time.perf_counter()
+            if best is None or len(rows) >= best[0]:
+                best = len(rows), now - started
+            if now - begun + GROWTH * (now - started) > LOOK_SECONDS and size > 1:
+                break
+        if time.perf_counter() - begun > LOOK_SECONDS:
+            break
+        start, size = start + len(rows), size * GROWTH
+    return None if best is None else best[1] / best[0] * len(records)

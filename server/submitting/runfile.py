@@ -11,9 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from fedhead.server.submitting.session import Stopped
-
 from fedhead.common.results import write_aside
+from fedhead.server.submitting.session import Stopped
 
 State = Literal["waiting", "running", "finished", "failed", "stopped"]
 

@@ -14,8 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from fedhead.server.submitting.session import LinkLost, Session, Stopped
-
 from fedhead.common import progress
 from fedhead.common.config import RunConfig, to_json
 from fedhead.common.models.saved import save_model
@@ -28,6 +26,7 @@ from fedhead.server.rounds import Rounds
 from fedhead.server.server_file import ServerFile
 from fedhead.server.submitting.notes import notes_of
 from fedhead.server.submitting.runfile import RunFile
+from fedhead.server.submitting.session import LinkLost, Session, Stopped
 
 log = logging.getLogger("fedhead.server")
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from fedhead.server.link.gate import Gate
+from fedhead.server.link.gate import GONE, Gate
 
 
 class Inner:
@@ -132,3 +132,32 @@ def test_other_protocols_get_nothing():
         raise AssertionError("nothing may be read or sent")
 
     asyncio.run(make(never)({"type": "websocket", "path": "/v1/a"}, never, never))
+
+
+def test_the_application_learns_that_the_caller_has_gone():
+    seen, left = [], asyncio.Event()
+
+    async def waits(scope, receive, send):
+        await receive()
+        assert not scope[GONE].is_set()
+        left.set()
+        await asyncio.wait_for(scope[GONE].wait(), 60)
+        seen.append((await receive())["type"])
+
+    async def run():
+        parts = [{"type": "http.request", "body": b"12345", "more_body": False}]
+
+        async def receive():
+            if parts:
+                return parts.pop()
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(_):
+            raise AssertionError("nobody is there")
+
+        scope = {"type": "http", "path": "/v1/a", "method": "POST", "headers": [(b"content-length", b"5")]}
+        await make(waits)(scope, receive, send)
+
+    asyncio.run(run())
+    assert seen == ["http.disconnect"]

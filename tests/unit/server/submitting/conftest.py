@@ -1,11 +1,13 @@
 """A server on loopback that answers as a test says, goes away, and comes back on the same port."""
 
+import contextlib
 import socket
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from flwr.supercore.task_identity import TaskIdentity
 
 from fedhead.server.keys import make_keys
 from fedhead.server.server_file import ServerFile, load_server
@@ -41,10 +43,11 @@ class FakeLink:
                     self.connection.shutdown(socket.SHUT_RDWR)
                     return
                 status, content = (200, found) if isinstance(found, bytes) else (found, b"no")
-                self.send_response(status)
-                self.send_header("content-length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
+                with contextlib.suppress(OSError):  # the caller didn't wait
+                    self.send_response(status)
+                    self.send_header("content-length", str(len(content)))
+                    self.end_headers()
+                    self.wfile.write(content)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -93,3 +96,11 @@ def server_file(tmp_path, link) -> ServerFile:
         path.touch(mode=0o600)
         path.write_text("5" * 64)
     return found
+
+
+@pytest.fixture(autouse=True)
+def own_task():
+    """Flower keeps the task of a process in a class; each test leaves it as it was."""
+    before = TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id
+    yield
+    TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = before

@@ -188,15 +188,17 @@ def test_each_lets_its_other_threads_end_after_a_signal():
         time.sleep(0.05)
         done.append(item)
 
+    others = set(threading.enumerate())
     before = signal.signal(signal.SIGALRM, raises)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.2)
         with pytest.raises(Interrupt):
-            each(work, range(1000))
+            each(work, range(2000))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    time.sleep(0.3)
-    so_far = len(done)
-    time.sleep(0.3)
-    assert len(done) == so_far < 1000
+    end = time.monotonic() + 40  # all of the work would take 50
+    while set(threading.enumerate()) - others and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not set(threading.enumerate()) - others
+    assert len(done) < 2000

@@ -1,0 +1,78 @@
+"""One submit at a time for one server: a lock that the operating system takes back when its process dies."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from fedhead.common.errors import InputError, RunError
+
+_SECONDS: Final = 1.0  # `held` looks by taking it for an instant
+
+
+class SubmitLock:
+    """The lock, taken.
+
+    Parameters
+    ----------
+    path : Path
+        Its file; stays when the lock is given back.
+
+    Raises
+    ------
+    RunError
+        Another process has it.
+    InputError
+        The file can't be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise InputError(
+                f"{path} can't be opened ({error.strerror}). Run this as the user of the server."
+            ) from error
+        until = time.monotonic() + _SECONDS
+        while not _take(self._handle, fcntl.LOCK_EX):
+            if time.monotonic() > until:
+                with open(self._handle, encoding="ascii", errors="replace") as file:
+                    owner = file.read(20).strip()
+                whose = f" (process {owner})" if owner.isdigit() else ""
+                raise RunError(
+                    f'another run is under way{whose}. Wait for it, or run "fedhead stop --server SERVER.toml".'
+                )
+            time.sleep(0.05)
+        with suppress(OSError):  # it is only shown
+            os.ftruncate(self._handle, 0)
+            os.pwrite(self._handle, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Give it back; more than once does nothing."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
+def held(path: Path) -> bool:
+    """Whether a process has the lock."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return not _take(handle, fcntl.LOCK_SH)
+    finally:
+        os.close(handle)
+
+
+def _take(handle: int, how: int) -> bool:
+    try:
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -158,25 +158,12 @@ def _admitted(holder: HolderFile, config: RunConfig, backbone: str) -> Iterator[
 
 def _request(config: RunConfig, backbone: str) -> RoundRequest:
     """The request of the first round, with as many holders as the recipe says, as far as limits and cost look at it."""
-    from fedhead.common.privacy.planning import noise_multiplier_for
+    from fedhead.common import planned
     from fedhead.common.protocol import PlannedCounts, RoundRequest
 
     privacy, training, holders = config.privacy, config.training, config.holders
-    cohort = min(holders.per_round or holders.count, holders.count)
-    asked = -(-training.rounds * cohort // holders.count)  # most rounds that one holder is asked in
-    trusting = privacy.unit == "holder" and privacy.mechanism != "none"
-    steps = asked if trusting else asked * training.local_steps
-    metrics, counts, other = privacy.metrics, 0, 0.0
-    if metrics is not None:
-        counts = min(asked, -(-training.rounds // metrics.every))
-        other = counts / metrics.noise_multiplier**2
-    noise = 0.0 if privacy.mechanism == "none" else privacy.noise_multiplier
-    if noise is None:
-        assert privacy.epsilon is not None  # held by the recipe's checks
-        assert privacy.mechanism != "none"
-        noise = noise_multiplier_for(
-            privacy.epsilon, privacy.delta, privacy.mechanism, steps, privacy.sample_rate, other
-        )
+    asked = planned.most_participations(training.rounds, holders.count, holders.per_round or holders.count)
+    metrics, counts = privacy.metrics, planned.planned_counts(config, asked)
     return RoundRequest(
         run=_RUN,
         round=1,
@@ -184,18 +171,20 @@ def _request(config: RunConfig, backbone: str) -> RoundRequest:
         backbone=backbone,
         unit=privacy.unit,
         records_per_person=privacy.records_per_person if privacy.unit == "person" else None,
-        mechanism="none" if trusting else privacy.mechanism,
-        noise_multiplier=noise,
+        mechanism="none" if planned.central(config) else privacy.mechanism,
+        noise_multiplier=planned.planned_noise(config, asked),
         clipping_norm=privacy.clipping_norm,
         sample_rate=privacy.sample_rate,
         local_steps=training.local_steps,
         declared_records=config.data.declared_records or 1,
         optimizer=training.optimizer,
         learning_rate=training.optimizer.learning_rate or 1.0,
-        plan_steps=steps,
+        plan_steps=planned.planned_steps(config, asked),
         delta=privacy.delta,
-        plan_counts=PlannedCounts(number=counts, noise_multiplier=metrics.noise_multiplier) if metrics else None,
-        metrics_noise=metrics.noise_multiplier if metrics and 1 in (metrics.every, training.rounds) else None,
+        plan_counts=PlannedCounts(number=counts, noise_multiplier=metrics.noise_multiplier)
+        if metrics and counts
+        else None,
+        metrics_noise=metrics.noise_multiplier if metrics and planned.counted(config, 1) else None,
     )
 
 

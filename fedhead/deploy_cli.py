@@ -6,6 +6,7 @@ Heavy imports happen inside the commands.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -74,7 +75,9 @@ def submit(
     from fedhead.common.operations.logs import set_up_logs
     from fedhead.simulations.folders import claimed
 
-    set_up_logs("server", as_json=json_logs)
+    # where a terminal shows progress, only what is wrong needs a line of its own
+    watched = sys.stderr.isatty() and not json_logs
+    set_up_logs("server", as_json=json_logs, level=logging.WARNING if watched else logging.INFO)
     from fedhead.server.submitting.submit import submit as run
     from fedhead.simulations import console
 

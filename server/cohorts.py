@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+from fedhead.common.planned import most_participations
+
 
 class Cohorts:
     """The schedule of cohorts; the same for the same set of names, whatever their order.
@@ -51,8 +53,3 @@ class Cohorts:
         for name in chosen:
             self._asked[name] += 1
         return chosen
-
-
-def most_participations(rounds: int, holders: int, per_round: int) -> int:
-    """Most rounds that one holder takes part in: ceil(rounds * per_round / holders)."""
-    return -(-rounds * min(per_round, holders) // holders)

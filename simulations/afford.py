@@ -12,12 +12,12 @@ from typing import Any, Final
 from fedhead.client.policy import check_request
 from fedhead.common.config import RunConfig
 from fedhead.common.errors import InputError, Refused
+from fedhead.common.planned import central, counted, most_participations, planned_steps
 from fedhead.common.privacy.events import CountEvent, Event, GaussianEvent, PoissonEvent
 from fedhead.common.privacy.filters import Limit, Terms, Totals, admits, charge_of, left, spent
 from fedhead.common.privacy.ledger import DomainSummary, Ledger
 from fedhead.common.privacy.planning import cost
-from fedhead.server.cohorts import Cohorts, most_participations
-from fedhead.server.planned import central, counted, planned_steps
+from fedhead.server.cohorts import Cohorts
 
 DOMAIN: Final = "default"
 MOST_ASKED: Final = 2_000_000  # holders times rounds whose cohorts are gone through one by one

@@ -9,10 +9,9 @@ from typing import Any, Final
 
 from fedhead.common.config import RunConfig, find_recipe
 from fedhead.common.errors import InputError
+from fedhead.common.planned import counts_within, most_participations, planned_noise, planned_steps
 from fedhead.common.privacy.accounting import pld_epsilon
 from fedhead.common.privacy.planning import MOST_ROUNDS, Mechanism, cost, noise_multiplier_for, rounds_for
-from fedhead.server.cohorts import most_participations
-from fedhead.server.planned import counts_within, planned_noise, planned_steps
 from fedhead.simulations.afford import Part, Work, holders_of, most_asked
 
 NOISE: Final = (1e-9, 1e6)  # as in recipes, but for noise that no accountant's numbers have room for

@@ -34,7 +34,7 @@ class RunFile:
     """
 
     def __init__(self, path: Path, name: str, out: Path, rounds: int, least: int) -> None:
-        self.path = path
+        self.path, self.rounds = path, rounds
         self._said: dict[str, Any] = {
             "schema": 1, "name": name, "run": None, "flower_run": None, "out": str(out.absolute()), "pid": os.getpid(),
             "state": "waiting", "round": 0, "rounds": rounds, "holders": [], "least_holders": least, "updated": 0.0,

@@ -22,7 +22,7 @@ from fedhead.server.app import Coordinator, Deployed, Outcome
 from fedhead.server.checkpoints import Checkpoint
 from fedhead.server.desk import Desk, prepare_deployed
 from fedhead.server.roster import Callers
-from fedhead.server.rounds import Rounds
+from fedhead.server.rounds import RoundRecord, Rounds
 from fedhead.server.server_file import ServerFile
 from fedhead.server.submitting.notes import notes_of
 from fedhead.server.submitting.runfile import RunFile
@@ -75,6 +75,7 @@ def submit(
     started, key = time.perf_counter(), to_json(config)
     resumed = Checkpoint.read(folder, key) if resume else None
     told = RunFile(server.run_file, name, folder, config.training.rounds, server.least_holders)
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # it narrates every round, which is done here in a line
     with progress.listening(progress_listener), told:
         desk = prepare_deployed(config)
         outcome = _hold(desk, server, key, folder, resumed, told)
@@ -123,7 +124,16 @@ def _coordinator(
 
     def after_round(rounds: Rounds, metrics: Mapping[str, float]) -> None:
         number = rounds.history[-1].round if rounds.history else 0
+        if number > rounds.done:
+            _log(rounds.history[-1], told.rounds)
         told.tell("running", number, roster.names(), metrics, rounds.run, session.flower_run)
 
     deployed = Deployed(sorted(server.public_keys), roster, server.least_holders, deadline, after_round)
     return Coordinator(desk, session.grid, key, folder, resumed, server.marks_file, deployed)
+
+
+def _log(record: RoundRecord, rounds: int) -> None:
+    """A line about a round that has ended, and one about each holder whose update is missing."""
+    log.info("round %d of %d: %d updates in %.1f s", record.round, rounds, record.holders, record.seconds)
+    for row in record.refused:
+        log.warning("round %d: %s: %s (code %d)", record.round, row["holder"], row["text"], row["code"])

@@ -29,16 +29,15 @@ from fedhead.common import progress
 from fedhead.common.config import RunConfig, changed, find_recipe
 from fedhead.common.errors import DataError, InputError, RunError
 from fedhead.common.models.saved import HEAD
+from fedhead.common.planned import most_participations, planned_noise
 from fedhead.common.preparation import make_trainable
 from fedhead.common.privacy.accounting import rows_of
 from fedhead.common.privacy.audit.curves import claimed_curve
 from fedhead.common.privacy.events import event_of
 from fedhead.common.results import Result
 from fedhead.common.tasks import make_task
-from fedhead.server.cohorts import most_participations
 from fedhead.server.desk import declared_records
 from fedhead.server.evaluation import load_state, outputs_of
-from fedhead.server.planned import planned_noise
 from fedhead.simulations.audit.likelihood import Interval, area, attack_scores, curve_points, rate_at
 from fedhead.simulations.audit.units import Units
 from fedhead.simulations.federation import federate

@@ -1,4 +1,4 @@
-"""A deployed run that ends at any instant of the coordinator and goes on from its checkpoint: nothing is spent twice."""
+"""A deployed run whose coordinator ends at any instant goes on from its checkpoint: nothing is spent twice."""
 
 import math
 
@@ -159,7 +159,7 @@ def test_killed_at_any_instant_it_goes_on_and_nothing_is_spent_twice(federation,
 
 
 def test_a_holder_that_is_gone_for_a_round_does_not_stop_the_run(federation, tmp_path):
-    link, outcome = federation(tmp_path / "out", least=1, down=["south"])
+    _, outcome = federation(tmp_path / "out", least=1, down=["south"])
     assert [row["holders"] for row in outcome.result.rounds] == [1] * ROUNDS
     assert {row["refused"][0]["text"] for row in outcome.result.rounds} == {"not connected when the round began"}
     assert {row["holder"] for row in outcome.result.privacy} == {"north"}  # nothing was asked of the other

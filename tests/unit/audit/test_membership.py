@@ -14,8 +14,8 @@ from fedhead.common.config import changed, make_config
 from fedhead.common.data.holdout import holdout_rows
 from fedhead.common.data.persons import names_of
 from fedhead.common.errors import InputError, RunError
+from fedhead.common.planned import planned_noise
 from fedhead.server.desk import declared_records
-from fedhead.server.planned import planned_noise
 from fedhead.simulations.audit import membership as module
 from fedhead.simulations.audit.membership import audit_membership, show_membership
 from fedhead.simulations.audit.units import Units

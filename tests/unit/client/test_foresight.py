@@ -15,10 +15,10 @@ from fedhead.common.config import to_json
 from fedhead.common.config.schema import FeatureSettings
 from fedhead.common.data.records import Records
 from fedhead.common.errors import DataError
+from fedhead.common.planned import most_participations
 from fedhead.common.privacy.events import CountEvent, GaussianEvent
 from fedhead.common.privacy.filters import left
 from fedhead.common.privacy.ledger import Ledger, Reservation
-from fedhead.server.cohorts import most_participations
 from fedhead.server.requests import make_plan
 
 DIGITS = ", ".join(f'"{digit}"' for digit in range(10))

@@ -56,6 +56,11 @@ def test_text_has_time_level_message_and_fields():
     )
 
 
+def test_text_is_for_people():
+    shown = TextLines().format(record("a round was released", event="round", code=None, seconds=0.0861234, good=True))
+    assert shown == "2027-01-15T08:00:00Z INFO a round was released seconds=0.08612 good=True"
+
+
 def test_json_has_time_side_level_logger_message_and_fields():
     found = json.loads(JsonLines("client").format(record("round %d is over", 3, holders=2, share=0.5, why=None)))
     assert found == {

@@ -3,7 +3,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedhead.server.cohorts import Cohorts, most_participations
+from fedhead.common.planned import most_participations
+from fedhead.server.cohorts import Cohorts
 
 
 def names(count):

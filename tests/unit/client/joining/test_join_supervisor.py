@@ -152,6 +152,22 @@ def test_nothing_starts_the_node_before_the_executor_is_ready(bench):
     assert found.ended() == 0
 
 
+def test_a_process_that_cannot_be_started_is_tried_again(bench, monkeypatch, caplog):
+    tries = []
+
+    def child(*args):
+        tries.append(args[0])
+        if len(tries) <= 2:
+            raise OSError(12, "Cannot allocate memory")
+        return Child(*args)
+
+    monkeypatch.setattr(supervisor, "Child", child)
+    found = bench()
+    found.until(lambda: found.found(EXECUTOR, "heard"))
+    assert tries == [EXECUTOR, EXECUTOR, EXECUTOR, NODE]
+    assert caplog.messages[:2] == ["the training process can't be started (Cannot allocate memory)"] * 2
+
+
 def test_a_node_that_ends_comes_back_with_a_fresh_secret_and_the_executor_stays(bench):
     found = bench(node=f"{LISTENING}\nif number == 1: time.sleep(0.2); os._exit(7)")
     found.until(lambda: len(found.found(EXECUTOR, "heard")) == 2)

@@ -74,3 +74,8 @@ def planned_noise(config: RunConfig, participations: int) -> float:
         privacy.sample_rate,
         counts_cost(config, participations),
     )
+
+
+def most_participations(rounds: int, holders: int, per_round: int) -> int:
+    """Most rounds that one holder takes part in: ceil(rounds * per_round / holders)."""
+    return -(-rounds * min(per_round, holders) // holders)

@@ -1,0 +1,229 @@
+"""All that the server's side uses of Flower 1.41, public or not. No other file of this package imports Flower.
+
+Most of it is no public interface of Flower's, so the version is pinned, `check_flower` refuses another one, and
+tests/unit/server/link/test_link_flower.py notices a change of each thing used. `set_environment` comes before the first
+import of this module.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fastapi import FastAPI
+from flwr.app import Error, Message
+from flwr.common.constant import (
+    NOOP_ACCOUNT_NAME,
+    NOOP_FLWR_AID,
+    TIMESTAMP_HEADER,
+    TRANSPORT_TYPE_GRPC_RERE,
+    ErrorCode,
+)
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    ActivateNodeResponse,
+    PullMessagesRequest,
+    PullMessagesResponse,
+    PushMessagesRequest,
+    PushMessagesResponse,
+)
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ConfirmMessageReceivedResponse,
+    ObjectTree,
+    PullObjectRequest,
+    PullObjectResponse,
+    PushObjectRequest,
+    PushObjectResponse,
+)
+from flwr.server.superlink.linkstate.sql_linkstate import _message_model_to_dict
+from flwr.server.superlink.linkstate.utils import dict_to_message
+from flwr.supercore.auth.typing import AccountInfo
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, NodeStatus
+from flwr.supercore.date import now
+from flwr.supercore.error import http_error_translator
+from flwr.supercore.object_store import NoObjectInStoreError
+from flwr.supercore.protobuf.routing import ProtobufRoute
+from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_DEPENDENCY, ProtobufTranslationMiddleware
+from flwr.supercore.state.schema.linkstate_models import MessageIns as MessageInsModel
+from flwr.supercore.state.schema.linkstate_models import MessageRes as MessageResModel
+from flwr.supercore.utils import int64_to_uint64, uint64_to_int64
+from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+from flwr.superlink.config_loader import SuperLinkLifespanConfig
+from flwr.superlink.main import create_app
+from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
+from flwr.superlink.routers.fleet.router import router as fleet_router
+from flwr.superlink.servicer.fleet import fleet_handlers
+from sqlalchemy import exists, select, update
+
+__all__ = [
+    "PROTOBUF_REQUEST_DEPENDENCY", "PUBLIC_KEY_HEADER", "SIGNATURE_HEADER", "TIME_HEADER", "ActivateNodeRequest",
+    "ActivateNodeResponse", "ConfirmMessageReceivedRequest", "ConfirmMessageReceivedResponse",
+    "NodeAuthMiddleware", "ObjectTree", "Open", "ProtobufRoute", "ProtobufTranslationMiddleware",
+    "PullMessagesRequest", "PullMessagesResponse", "PullObjectRequest", "PullObjectResponse", "PushMessagesRequest",
+    "PushMessagesResponse", "PushObjectRequest", "PushObjectResponse", "Registration",
+    "answer_unavailable", "create_node", "delete_node", "fleet_handlers", "fleet_router", "give_again",
+    "http_error_translator", "make_inner", "node_of_message", "open_messages", "registrations",
+    "tree_of",
+]  # fmt: skip
+
+PUBLIC_KEY_HEADER: Final = FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode()
+SIGNATURE_HEADER: Final = FLEET_HTTP_SIGNATURE_HEADER.lower().encode()
+TIME_HEADER: Final = TIMESTAMP_HEADER.lower().encode()
+
+_HEARTBEAT_SECONDS: Final = 30.0  # what Flower's own registration writes; a node says its own when it activates
+
+
+class TokenPlugin(NoOpControlAuthnPlugin):
+    """Control takes one token, compared in constant time."""
+
+    def __init__(self, token: str) -> None:
+        super().__init__()
+        self._token = token.encode()
+
+    def validate_tokens_in_metadata(
+        self, metadata: Sequence[tuple[str, str | bytes]]
+    ) -> tuple[bool, AccountInfo | None]:
+        """Whether the one value given is the token."""
+        given = [value.encode() if isinstance(value, str) else value for _, value in metadata]
+        if len(given) != 1 or not hmac.compare_digest(given[0], self._token):
+            return False, None
+        return True, AccountInfo(flwr_aid=NOOP_FLWR_AID, account_name=NOOP_ACCOUNT_NAME)
+
+
+def make_inner(database: str, host: str, port: int, token: str, secret: bytes) -> FastAPI:
+    """Flower's own application, with all its routes and the state; for loopback only.
+
+    Parameters
+    ----------
+    database : str
+        File of the state, SQLite.
+    host, port
+        Where it will listen.
+    token : str
+        What Control wants to be shown.
+    secret : bytes
+        What a server task is taken with.
+
+    Notes
+    -----
+    Isolation "process" means that Flower starts no process that unpacks or runs what a run brings.
+    """
+    config = SuperLinkLifespanConfig(
+        control_address="", health_server_address=None, host=host, port=port, insecure=True, certificates=None,
+        superexec_auth_secret=secret, authn_plugin=TokenPlugin(token), event_log_plugin=None,
+        fleet_event_log_plugin=None, enable_event_log=False, artifact_provider=None, enable_supernode_auth=True,
+        fleet_api_type=TRANSPORT_TYPE_GRPC_RERE, fleet_api_address=None, simulation=False, ssl_ca_certfile=None,
+        ssl_certfile=None, ssl_keyfile=None, database=database, isolation="process", runtime_dependency_install=False,
+    )  # fmt: skip
+    return create_app(config, SuperLinkLifespan)
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A public key that the state knows."""
+
+    node: int
+    key: bytes
+    online: bool
+    deleted: bool
+
+
+def registrations(state: Any) -> list[Registration]:
+    """Every key that was ever registered."""
+    return [
+        Registration(info.node_id, bytes(info.public_key), info.status == NodeStatus.ONLINE, _deleted(info))
+        for info in state.get_node_info(owner_aids=[NOOP_FLWR_AID])
+    ]
+
+
+def _deleted(info: Any) -> bool:
+    return bool(info.status == NodeStatus.UNREGISTERED)
+
+
+def create_node(state: Any, key: bytes) -> int:
+    """Register a public key, in PEM.
+
+    Raises
+    ------
+    ValueError
+        The key is, or once was, registered.
+    """
+    node: int = state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, _HEARTBEAT_SECONDS)
+    return node
+
+
+def delete_node(state: Any, node: int) -> None:
+    """Take a node away for good."""
+    state.delete_node(NOOP_FLWR_AID, node)
+
+
+@dataclass(frozen=True)
+class Open:
+    """A message that was delivered to a node and has no answer.
+
+    Attributes
+    ----------
+    message : Message
+        Without its content.
+    received : bool
+        The node has said that it has all of it.
+    """
+
+    message: Message
+    received: bool
+
+    @property
+    def id(self) -> str:
+        """The message's id."""
+        return str(self.message.metadata.message_id)
+
+
+def open_messages(state: Any, node: int) -> list[Open]:
+    """What was delivered to a node, has no answer yet and has not expired."""
+    statement = select(MessageInsModel).where(
+        MessageInsModel.dst_node_id == uint64_to_int64(node),
+        MessageInsModel.delivered_at != "",
+        MessageInsModel.created_at + MessageInsModel.ttl > now().timestamp(),
+        ~exists(select(MessageResModel.message_id).where(
+            MessageResModel.reply_to_message_id == MessageInsModel.message_id)),
+    )  # fmt: skip
+    with state.session() as session:
+        rows = [_message_model_to_dict(model) for model in session.scalars(statement).all()]
+    for row in rows:
+        row |= {name: int64_to_uint64(row[name]) for name in ("run_id", "src_node_id", "dst_node_id")}
+    found = [dict_to_message(row) for row in rows]
+    return [Open(message, tree_of(state, str(message.metadata.message_id)) is None) for message in found]
+
+
+def give_again(state: Any, message_id: str) -> None:
+    """Have a message delivered once more."""
+    with state.session() as session:
+        session.execute(update(MessageInsModel).where(MessageInsModel.message_id == message_id).values(delivered_at=""))
+
+
+def answer_unavailable(state: Any, message: Message) -> None:
+    """Answer a message in place of a node that lost it: the run need not wait for the deadline."""
+    reply = Message(Error(code=ErrorCode.NODE_UNAVAILABLE, reason="the node was restarted"), reply_to=message)
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    with state.session():
+        if state.store_message_res(reply) is not None:
+            state._store_generated_message(reply)
+
+
+def node_of_message(state: Any, message_id: str) -> int | None:
+    """The node that a message is for; None where there is no such message, or it has expired."""
+    row = state.get_valid_message_ins(message_id)
+    return None if row is None else int64_to_uint64(row["dst_node_id"])
+
+
+def tree_of(state: Any, message_id: str) -> ObjectTree | None:
+    """The objects of a message; None once its node has received it."""
+    try:
+        found: ObjectTree = state.object_store.get_object_tree(message_id)
+    except NoObjectInStoreError:
+        return None
+    return found

@@ -1,0 +1,104 @@
+"""What a data holder's node may fetch, confirm and answer, and what becomes of a message that it lost.
+
+A node works on one message at a time: it asks for the next one only after it has answered, or given up, the one before.
+A node that asks, or starts anew, while a message to it is open has therefore lost that message.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+from fedhead.server.link.flower import (
+    ObjectTree,
+    answer_unavailable,
+    give_again,
+    node_of_message,
+    open_messages,
+    tree_of,
+)
+
+MOST_OBJECTS: Final = 4096  # of one message; fedhead's have fewer than ten
+
+_MOST_TRIES: Final = 3
+
+
+class Post:
+    """The messages of all nodes; its methods may be called from any thread.
+
+    Parameters
+    ----------
+    state : SqlLinkState
+    most_bytes : int
+        What one answer may have in all.
+    """
+
+    def __init__(self, state: Any, most_bytes: int) -> None:
+        self._state = state
+        self._most = most_bytes
+        self._lock = threading.Lock()
+        self._fetchable: dict[int, frozenset[str]] = {}
+        self._tries: dict[int, dict[str, int]] = defaultdict(dict)
+        self._brought: dict[int, dict[str, int]] = defaultdict(dict)
+
+    def settle(self, node: int) -> None:
+        """Deal with what a node has lost.
+
+        A message whose delivery it did not confirm is delivered again, three times at most: an answer of this server
+        may have been cut off on its way. One that it had in full is answered in its place, so that the coordinator
+        need not wait for the deadline: the node was restarted, or could not bring its answer.
+        """
+        tries: dict[str, int] = {}
+        for item in open_messages(self._state, node):
+            tries[item.id] = self._tries[node].get(item.id, 1) + 1
+            if item.received or tries[item.id] > _MOST_TRIES:
+                answer_unavailable(self._state, item.message)
+            else:
+                give_again(self._state, item.id)
+        with self._lock:
+            self._tries[node] = tries
+
+    def delivered(self, node: int, trees: Iterable[ObjectTree]) -> None:
+        """A node gets these messages: it may fetch their objects."""
+        with self._lock:
+            self._fetchable[node] = frozenset(name for tree in trees for name in objects_of(tree))
+
+    def may_fetch(self, node: int, name: str) -> bool:
+        """Whether an object, or a message, is part of what a node was sent last."""
+        if name in self._fetchable.get(node, ()):
+            return True
+        # This process may be younger than the delivery.
+        trees = [tree_of(self._state, item.id) for item in open_messages(self._state, node)]
+        found = frozenset(part for tree in trees if tree is not None for part in objects_of(tree))
+        with self._lock:
+            self._fetchable[node] = self._fetchable.get(node, frozenset()) | found
+        return name in found
+
+    def may_answer(self, node: int, metadata: Any) -> bool:
+        """Whether an answer is a node's own, to a message that was for it; one to no message is dropped later."""
+        if metadata.src_node_id != node or not metadata.reply_to_message_id:
+            return False
+        return node_of_message(self._state, metadata.reply_to_message_id) in (node, None)
+
+    def answered(self, node: int) -> None:
+        """A node begins to bring an answer."""
+        with self._lock:
+            self._brought[node] = {}
+
+    def may_bring(self, node: int, name: str, size: int) -> bool:
+        """Whether an object still fits in a node's answer; the same one may come twice."""
+        with self._lock:
+            brought = self._brought[node]
+            if sum(brought.values()) - brought.get(name, 0) + size > self._most:
+                return False
+            brought[name] = size
+        return True
+
+
+def objects_of(tree: ObjectTree) -> Iterator[str]:
+    """The ids of a tree of objects; the first is the message's."""
+    yield tree.object_id
+    for child in tree.children:
+        yield from objects_of(child)

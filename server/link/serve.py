@@ -1,0 +1,190 @@
+"""`fedhead serve`: one process, two HTTP servers, one state.
+
+    public port, TLS      Fleet routes for data holders (public.py)
+    control, loopback     Flower's Control and Runtime for the coordinator's commands (private.py)
+
+SIGTERM and SIGINT end it within seconds. SIGHUP reads server.toml, the holders' keys and the certificate again. What is
+under way survives in the state folder, and a server that is started again goes on with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from fedhead.common.config.faults import fault
+from fedhead.common.errors import FedheadError, InputError
+from fedhead.server.credentials import valid_between
+from fedhead.server.link.environment import check_flower, import_flower, set_environment
+from fedhead.server.link.state import held_state, kept_secret
+from fedhead.server.server_file import ServerFile, address_of, load_server
+
+if TYPE_CHECKING:
+    from socket import socket
+
+    from fedhead.server.link.listening import Server
+    from fedhead.server.link.registry import Registry
+
+log = logging.getLogger("fedhead")
+
+_SOON: Final = 30  # days before the certificate's end from which on there is a warning
+_POLLED: Final = 0.02  # seconds between looks for whether both servers have started
+
+
+def serve(path: str | Path, *, on_ready: Callable[[], None] | None = None) -> None:
+    """Run the coordinator's link until SIGTERM or SIGINT.
+
+    Parameters
+    ----------
+    path : path
+        A server.toml.
+    on_ready : function, optional
+        Called once, when data holders and commands can connect.
+
+    Raises
+    ------
+    ConfigError
+        The file has faults: every one at once.
+    InputError
+        A port or the state folder is in use, the certificate has ended, or Flower is another version; one line.
+    """
+    server = load_server(path)
+    check_flower()
+    _check_certificate(server)
+    with held_state(server):
+        token, secret = kept_secret(server.token_file), kept_secret(server.secret_file)
+        set_environment(server.folder / "flower")
+        os.close(os.open(server.link_database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # SQLite keeps the mode
+        from fedhead.server.link.listening import bound
+
+        with bound("address", server.address) as public, bound("control", server.control) as private:
+            import_flower()
+            link = _Link(Path(path), server, token, secret)
+            asyncio.run(link.run(public, private, on_ready))
+
+
+class _Link:
+    """A running link."""
+
+    def __init__(self, path: Path, server: ServerFile, token: str, secret: str) -> None:
+        from fedhead.server.link.bell import Bell
+        from fedhead.server.link.figures import ServerFigures
+        from fedhead.server.link.flower import make_inner
+        from fedhead.server.link.listening import http_server
+        from fedhead.server.link.private import make_private
+        from fedhead.server.link.public import make_public
+        from fedhead.server.link.registry import Registry
+
+        self.path, self.server = path, server
+        self.bell, self.figures = Bell(), ServerFigures()
+        self.figures.certificate(server.certificate)
+        host, port = address_of(server.control)
+        inner = make_inner(str(server.link_database), host, port, token, secret.encode())
+        self.registry: Registry = Registry(inner.state.linkstate_factory.state())
+        self.registry.update(server.public_pems())
+        most = server.message_megabytes * 2**20
+        self.public: Server = http_server(
+            make_public(inner, self.registry, self.bell, most, self.figures), lifespan=False,
+            connections=128 + 8 * len(server.holders), tls=(server.certificate, server.key),
+        )  # fmt: skip
+        self.private: Server = http_server(make_private(inner, self.bell, most), lifespan=True, connections=128)
+
+    async def run(self, public: socket, private: socket, on_ready: Callable[[], None] | None) -> None:
+        """Serve until `stop`."""
+        from fedhead.server.link.listening import run_together
+
+        if threading.current_thread() is threading.main_thread():
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self.stop)
+            loop.add_signal_handler(signal.SIGHUP, self.reload)
+        close = self._show_figures()
+        ready = asyncio.create_task(self._ready(on_ready))
+        try:
+            await run_together([(self.public, public), (self.private, private)])
+        finally:
+            ready.cancel()
+            close()
+            log.info("the server has ended")
+
+    def stop(self) -> None:
+        """Let both servers end; nobody waits for messages any more."""
+        self.bell.stop()
+        self.public.should_exit = self.private.should_exit = True
+
+    def reload(self) -> None:
+        """Take in the keys and the certificate as they are now; where they have faults all stays as it was."""
+        try:
+            server = load_server(self.path)
+            if server.folder != self.server.folder:
+                raise InputError(fault("state", server.state, "it can't change while the server runs", "Restart it."))
+            _check_certificate(server)
+            keys = server.public_pems()
+            assert self.public.config.ssl is not None
+            self.public.config.ssl.load_cert_chain(server.certificate, server.key)
+            self.figures.certificate(server.certificate)
+        except (FedheadError, OSError) as error:
+            for line in str(error).splitlines():
+                log.error("nothing was taken in: %s", line)
+            return
+        try:
+            self.registry.update(keys)
+        except Exception as error:  # whatever the database says: the server goes on with those that it knows
+            log.error("new keys could not be registered (%s). Send SIGHUP again.", type(error).__name__)
+            return
+        log.info("keys and certificate were read again; %s", self._registered())
+
+    async def _ready(self, on_ready: Callable[[], None] | None) -> None:
+        while not (self.public.started and self.private.started):
+            await asyncio.sleep(_POLLED)
+        log.info(
+            "data holders connect to %s, commands to %s; %s",
+            self.server.address, self.server.control, self._registered(),
+        )  # fmt: skip
+        if on_ready is not None:
+            on_ready()
+
+    def _registered(self) -> str:
+        names = sorted(self.registry.names.values())
+        return f"{len(names)} data holders are registered: {', '.join(names)}"
+
+    def _show_figures(self) -> Callable[[], None]:
+        self.figures.watch(nodes=self.registry.online, run=lambda: _run_of(self.server.run_file))
+        if self.server.metrics is None:
+            return lambda: None
+        from fedhead.common.operations.metrics import serve_metrics
+
+        return serve_metrics(self.server.metrics, self.figures.registry)
+
+
+def _check_certificate(server: ServerFile) -> None:
+    """Refuse a certificate that no data holder would take today, and say when it ends."""
+    begin, end = valid_between(server.certificate)
+    now = datetime.now(UTC)
+    if not begin <= now < end:
+        when = f"begins on {begin:%Y-%m-%d}" if now < begin else f"ended on {end:%Y-%m-%d}"
+        raise InputError(
+            fault(
+                "certificates", server.certificates, f"server.crt must be valid today, and it {when}",
+                'Move it away and run "fedhead keys", or correct the clock.',
+            )
+        )  # fmt: skip
+    level = logging.WARNING if (end - now).days < _SOON else logging.INFO
+    log.log(level, "the certificate is valid until %s (%d days)", f"{end:%Y-%m-%d}", (end - now).days)
+
+
+def _run_of(path: Path) -> dict[str, Any] | None:
+    """What `submit` last wrote about its run; None where there is nothing that can be read."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

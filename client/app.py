@@ -9,17 +9,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedhead.client.holder import load_holder
 from fedhead.client.metrics import noised_count
 from fedhead.client.timing import over, wait_until
 from fedhead.client.together import Member
 from fedhead.client.training import CHUNK, StepPlan
 from fedhead.client.workplace import Workplace, workplace_of
 from fedhead.common import protocol
+from fedhead.common.config.limits import Limits
 from fedhead.common.errors import FedheadError, InputError, Refused
 from fedhead.common.failpoints import reach
 from fedhead.common.preparation import Labelled
@@ -57,8 +60,8 @@ def hello(message: Message, context: Context) -> Message:
     try:
         workplace, name, _ = workplace_of(context)
     except Exception as fault:  # the boundary: an exception's own text may hold private data
-        return _not_ready(message, fault)
-    _pad(workplace, context, arrived)
+        return _not_ready(message, context, arrived, fault)
+    _pad(workplace.admission.limits, context, arrived)
     return protocol.hello(message, name)
 
 
@@ -72,20 +75,25 @@ def train(message: Message, context: Context) -> Message:
     try:
         workplace, name, records = workplace_of(context)
     except Exception as fault:  # the boundary: an exception's own text may hold private data
-        return _not_ready(message, fault)
-    reply = _reply(message, workplace, name, records, deployed)
-    _pad(workplace, context, arrived)
-    return reply
+        return _not_ready(message, context, arrived, fault)
+    outcome = _outcome(message, workplace, name, records, deployed)
+    _pad(workplace.admission.limits, context, arrived)
+    # a reply carries when it was made: it is made after the wait, whose length says how long the work took
+    if isinstance(outcome, Refused):
+        return protocol.refuse(message, outcome, name)
+    return protocol.release(message, *outcome)
 
 
-def _pad(workplace: Workplace, context: Context, arrived: float) -> None:
+def _pad(limits: Limits | None, context: Context, arrived: float) -> None:
     """Hold a deployed holder's answer back until the time that its own file says."""
-    limits = workplace.admission.limits
     if context.node_config.get("holder") and limits is not None:
         wait_until(arrived, limits.reply_at)
 
 
-def _reply(message: Message, workplace: Workplace, name: str, records: Labelled, deployed: bool) -> Message:
+def _outcome(
+    message: Message, workplace: Workplace, name: str, records: Labelled, deployed: bool
+) -> tuple[RecordDict, Mark | None] | Refused:
+    """What is released, or why nothing is."""
     try:
         if deployed and over(message):
             raise refusal(STALE_ROUND)
@@ -93,21 +101,24 @@ def _reply(message: Message, workplace: Workplace, name: str, records: Labelled,
         check(asked.request, workplace)
         # One trained part serves all holders of a process, one holder at a time.
         with workplace.lock:
-            content, mark = answer(workplace, name, records, asked)
-        return protocol.release(message, content, mark)
+            return answer(workplace, name, records, asked)
     except Refused as refused:
-        return protocol.refuse(message, refused, name)
+        return refused
     except Exception:  # the boundary: an exception's own text may hold private data
         log.exception("%s: training failed", name)
-        return protocol.refuse(message, refusal(TRAINING_FAILED), name)
+        return refusal(TRAINING_FAILED)
 
 
-def _not_ready(message: Message, fault: Exception) -> Message:
+def _not_ready(message: Message, context: Context, arrived: float, fault: Exception) -> Message:
     """The reply of a holder that can't open its records or its ledger; its own log says why and what to do."""
     if isinstance(fault, FedheadError):  # its text is the whole message
         log.error("the holder can't be opened: %s", fault)
     else:
         log.error("the holder can't be opened", exc_info=fault)
+    own = context.node_config.get("holder")
+    if own:  # how far opening came, and how long that took, depends on the records
+        with suppress(FedheadError):
+            _pad(load_holder(str(own)).limits, context, arrived)
     return protocol.refuse(message, refusal(NO_LEDGER if isinstance(fault, LedgerError) else NOT_READY), "")
 
 

@@ -27,8 +27,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedhead.client.calling import PASSING, Answer, Silence, ask
 from fedhead.client.findings import Finding, State, apart, count, span
-from fedhead.client.holder import HolderFile, address_of
+from fedhead.client.holder import HolderFile
 from fedhead.client.joining.identity import parse_key, read_authority, read_key
+from fedhead.common.config.places import address_of
 from fedhead.common.errors import InputError
 
 PATIENCE: Final = 5.0  # seconds that each step of asking the server may take
@@ -187,7 +188,7 @@ def _known(answer: Answer | None) -> Finding:
 def _detail(body: bytes) -> object:
     try:
         found = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found.get("detail") if isinstance(found, dict) else None
 
@@ -265,8 +266,13 @@ def _hosts(certificate: x509.Certificate | None) -> str:
         found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except (x509.ExtensionNotFound, ValueError):
         return "no host"
-    names = [str(one.value) for one in found if isinstance(one, x509.DNSName | x509.IPAddress)]
+    names = [_shown(str(one.value)) for one in found if isinstance(one, x509.DNSName | x509.IPAddress)]
     return ", ".join(names[:4]) + (" and others" if len(names) > 4 else "") or "no host"
+
+
+def _shown(name: str) -> str:
+    """A name of a certificate that wasn't accepted: a stranger wrote it, and it goes to a terminal."""
+    return "".join(letter if "!" <= letter <= "~" else "?" for letter in name[:100])
 
 
 # ------------------------------------------------------------------------------------------------------------ in words

@@ -7,22 +7,27 @@ and cache are the holder's own, noise comes from its operating system, and sums 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+import numpy as np
+import torch
 
 from fedhead.client.admission import Admission
 from fedhead.client.domains import Domains, identities
-from fedhead.client.gradients import of_persons
 from fedhead.client.holder import MADE, HolderFile, load_holder
+from fedhead.client.keeping import keep_newest
 from fedhead.client.placing import alone, place
 from fedhead.client.training import CHUNK, Trainer
 from fedhead.client.workplace import Workplace, fingerprint
 from fedhead.common.config import RunConfig, changed, from_json
-from fedhead.common.config.schema import FeatureSettings
+from fedhead.common.config.schema import FeatureSettings, ModelSettings
 from fedhead.common.data.records import Records
 from fedhead.common.data.sources import load_records
 from fedhead.common.errors import InputError
+from fedhead.common.features.extraction import cache_key
 from fedhead.common.models.trainable import Trainable
-from fedhead.common.preparation import Labelled, featurize, load_backbone_for, make_trainable
+from fedhead.common.preparation import Split, featurize, load_backbone_for, make_trainable
 from fedhead.common.privacy.lattice import check_sums
 from fedhead.common.privacy.ledger import Ledger, LedgerError
 from fedhead.common.privacy.sequences import rounding_records
@@ -30,6 +35,8 @@ from fedhead.common.results import write_aside
 from fedhead.common.tasks import make_task
 
 log = logging.getLogger("fedhead.client")
+
+_SIDE: Final = 224  # pixels; of the usual image
 
 
 def deploy(path: Path, recipe: str) -> Workplace:
@@ -54,10 +61,12 @@ def deploy(path: Path, recipe: str) -> Workplace:
     trainable = make_trainable(config, backbone, make_task(config.task))
     if not holder.limits.allow_seeded_noise:
         trainable.double()  # what the sensitivity of a release is proved for
-    features = featurize(config, backbone, records, holder.folder / "features", "features")
-    placed = place(config, features, alone(config, records), [holder.name])
+    keep_newest(holder.features, cache_key(backbone, records, config.model.features))
+    features = featurize(config, backbone, records, holder.features, "features")
+    split = alone(config, records)
+    placed = place(config, features, split, [holder.name])
     if not holder.limits.allow_seeded_noise:
-        check_rounding(placed.training[0][1], trainable)
+        check_rounding(split, trainable)
     # keyed: the ledger's hash leaves with every reply, and must not tell one set of records from another
     mark = fingerprint(records.digests(), records.labels, Domains(holder.folder).key())
     admission = Admission(open_ledger(holder), holder.limits, holder.budget, {holder.name: mark})
@@ -97,16 +106,23 @@ def open_ledger(holder: HolderFile) -> Ledger:
     return ledger
 
 
-def check_rounding(mine: Labelled, trainable: Trainable) -> None:
+def check_rounding(whole: Split, trainable: Trainable) -> None:
     """Refuse more records than the rounding of their sum is covered for: before any run, whatever a request says.
+
+    Parameters
+    ----------
+    whole : Split
+        All records of the holder. Those that are kept apart for counts are among them: a server chooses their share,
+        and would else find out how many records there are by what is refused.
+    trainable : Trainable
 
     Raises
     ------
     InputError
     """
-    units = len(mine.targets)
-    if of_persons(mine.targets):
-        units = rounding_records((mine.targets >= 0).sum(1), CHUNK)
+    units = len(whole.train)
+    if whole.persons is not None:
+        units = rounding_records(torch.from_numpy(np.diff(whole.persons[0].offsets)), CHUNK)
     check_sums(units, list(trainable.trained().values()))
 
 
@@ -147,7 +163,7 @@ def own_recipe(holder: HolderFile, config: RunConfig) -> RunConfig:
     own = changed(
         config,
         {
-            "model.features.batch_size": FeatureSettings().batch_size,  # how much is held at once is the holder's own
+            "model.features.batch_size": batch_size(config.model),  # how much is held at once is the holder's own
             "data.source": holder.data.source,
             "data.columns": dict(holder.data.columns),
             "privacy.person": holder.data.person,
@@ -159,10 +175,21 @@ def own_recipe(holder: HolderFile, config: RunConfig) -> RunConfig:
     return own
 
 
+def batch_size(model: ModelSettings) -> int:
+    """How many records go through the backbone at once: fewer where a recipe asks for large images or long texts.
+
+    A batch then takes about the memory of a usual one. A server could else have this process killed, and see by the
+    size at which that happens whether there are enough records to fill a batch.
+    """
+    usual, longest = FeatureSettings().batch_size, ModelSettings.model_fields["max_length"].default
+    share = min((_SIDE / (model.image.size or _SIDE)) ** 2, longest / model.max_length, 1.0)
+    return max(1, int(usual * share))
+
+
 def _check_code(holder: HolderFile, config: RunConfig) -> None:
     model, allowed = config.model, holder.limits.heads
     family, _, name = model.backbone.partition(":")
-    if family == "transformers" and (name.startswith((".", "/", "~")) or Path(name).exists()):
+    if family == "transformers" and _is_folder(name, holder.base):
         raise InputError(
             f'model.backbone of a recipe is "{model.backbone}": a folder on this machine is not for a server to name. '
             "Have the recipe name the hub's."
@@ -177,8 +204,24 @@ def _check_code(holder: HolderFile, config: RunConfig) -> None:
     for trained in (kind, *(["unfrozen"] if model.unfreeze else [])):
         if trained not in allowed:
             raise InputError(f'a recipe trains "{trained}": limits.heads lacks it. Add it to allow it.')
-    if model.weights is not None and not model.weights.startswith("pkg://"):
+    if model.weights is not None and not _in_package(model.weights):
         raise InputError(
             f'model.weights of a recipe is "{model.weights}": a file on this machine is not for a server to name. '
             "Have the recipe name a package or the hub."
         )
+
+
+def _is_folder(name: str, base: Path) -> bool:
+    """Whether the hub's name is, or could be, a path here: from where join was started, or from the holder's file."""
+    path = Path(name)
+    return name.startswith((".", "/", "~")) or ".." in path.parts or path.exists() or (base / path).exists()
+
+
+def _in_package(weights: str) -> bool:
+    """Whether weights are named as a file inside of an installed package.
+
+    What follows the package may be no path of its own: joined to the package's folder, `/etc` stays `/etc`.
+    """
+    package, _, inside = weights.removeprefix("pkg://").partition("/")
+    path = PurePosixPath(inside)
+    return weights.startswith("pkg://") and package.isidentifier() and not path.is_absolute() and ".." not in path.parts

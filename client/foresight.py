@@ -44,7 +44,7 @@ def foresight(holder: HolderFile, records: Records | DataError, recipe: RunConfi
     holder : HolderFile
     records : Records, or why there are none
     recipe : RunConfig, optional
-        Its backbone is loaded, and if it is nowhere on this machine, fetched, as joining would.
+        Its backbone is loaded, and if it is nowhere on this machine, fetched: joining takes what is there by then.
     """
     if isinstance(records, DataError):
         yield Finding("features", "unknown", NO_RECORDS)
@@ -105,20 +105,15 @@ def _apart(line: str) -> tuple[str, str]:
 
 def _check_trained(holder: HolderFile, records: Records, config: RunConfig, backbone: Backbone) -> None:
     """Refuse what a deployed holder refuses of the trained part, for these records."""
-    import torch
-
     from fedhead.client.deployed import check_rounding
-    from fedhead.client.placing import alone, place
-    from fedhead.common.features import FeatureSet
-    from fedhead.common.preparation import Labelled, make_trainable
+    from fedhead.client.placing import alone
+    from fedhead.common.preparation import make_trainable
     from fedhead.common.tasks import make_task
 
     trainable = make_trainable(config, backbone, make_task(config.task))
-    # what is looked at is how many records or persons there are: their features need not be there yet
-    nothing = Labelled(FeatureSet(torch.zeros(len(records), 0)), torch.from_numpy(records.labels))
-    placed = place(config, nothing, alone(config, records), [holder.name])
+    whole = alone(config, records)  # what is looked at is how many there are: their features need not be there yet
     if not holder.limits.allow_seeded_noise:
-        check_rounding(placed.training[0][1], trainable.double())
+        check_rounding(whole, trainable.double())
 
 
 # ------------------------------------------------------------------------------------------------------------- the cost

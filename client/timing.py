@@ -10,9 +10,19 @@ from flwr.app import Message
 def over(message: Message) -> bool:
     """Whether the time that the server gave for an answer has passed, by this machine's clock.
 
-    An answer would not count any more, so that training, and the budget it takes, would be for nothing.
+    An answer would not count any more, so that training, and the budget it takes, would be for nothing. Times that are
+    no numbers have passed.
     """
-    return time.time() > message.metadata.created_at + message.metadata.ttl
+    return not time.time() <= message.metadata.created_at + message.metadata.ttl
+
+
+def without_times(reply: Message, message: Message) -> None:
+    """Give a reply the times of its request, as they arrived.
+
+    Flower writes when a reply was made, in microseconds by this machine's clock, and what is left of the request's
+    time: both would say how long the work took. What is due when the request is due stays so.
+    """
+    reply.metadata.created_at, reply.metadata.ttl = message.metadata.created_at, message.metadata.ttl
 
 
 def wait_until(arrived: float, reply_at: float) -> None:

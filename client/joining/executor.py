@@ -134,6 +134,7 @@ def one(task: Task, holder: str, app: Callable[[Message, Context], Message]) -> 
     """
     from flwr.app import MessageType
 
+    from fedhead.client.timing import without_times
     from fedhead.common import protocol
     from fedhead.common.refusals import TRAINING_FAILED, refusal
 
@@ -146,6 +147,7 @@ def one(task: Task, holder: str, app: Callable[[Message, Context], Message]) -> 
         task.finish(False)
         return None
     message, context = pulled
+    number = _round_of(message)
     started = time.monotonic()
     try:
         reply = app(message, context)
@@ -153,6 +155,7 @@ def one(task: Task, holder: str, app: Callable[[Message, Context], Message]) -> 
         log.exception("a message could not be answered")
         reply = protocol.refuse(message, refusal(TRAINING_FAILED), "")
     seconds = time.monotonic() - started
+    without_times(reply, message)
     try:
         task.push(reply)
     except Exception:
@@ -164,7 +167,8 @@ def one(task: Task, holder: str, app: Callable[[Message, Context], Message]) -> 
         pipe.emit("prepared", seconds=round(seconds, 3), good=not refused)
         return None
     code = reply.error.code if refused else None
-    pipe.emit("round", outcome="refused" if refused else "released", code=code, seconds=round(seconds, 3))
+    outcome = "refused" if refused else "released"
+    pipe.emit("round", round=number, outcome=outcome, code=code, seconds=round(seconds, 3))
     return context if code in (None, TRAINING_FAILED) else None  # other refusals charge nothing
 
 
@@ -191,6 +195,15 @@ def report_budget(context: Context) -> None:
         )
     except Exception as error:  # a round that couldn't open the holder's records was refused, and said so
         log.warning("the budget could not be read: %s", type(error).__name__)
+
+
+def _round_of(message: Message) -> int | None:
+    """The round that a message is about, as the server numbers it; for the log alone."""
+    from fedhead.common import protocol
+
+    config = message.content.config_records.get(protocol.CONFIG) if message.has_content() else None
+    number = None if config is None else config.get("server-round")
+    return number if type(number) is int else None
 
 
 def _finite(value: float) -> float | None:

@@ -3,6 +3,7 @@
 What a stock node does, and what it does here:
 
     fetches the run's bundle and reads its settings      never asks for it; of a run only the text `recipe` counts
+    waits for the reply to a message that it lost        takes no such message
     follows redirects, decodes compressed answers        neither, and the length of an answer is bounded
     gives up, or ends, at a cut or an error              retry.py
     loses its heartbeat at an unexpected answer          goes on with it, or ends and is started anew
@@ -27,9 +28,11 @@ from typing import Any, Final
 import httpx
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Message
 from flwr.proto.fab_pb2 import Fab, GetFabRequest, GetFabResponse
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_object import is_valid_sha256_hash
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.run import Run, RunNotRunningException
@@ -39,10 +42,12 @@ from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeStateFactory
 
 from fedhead.client.joining.retry import Retry
+from fedhead.client.joining.weighing import TOO_LARGE
 
 RECIPE: Final = "recipe"
 LONGEST_RECIPE: Final = 1 << 20  # characters
-LARGEST_ANSWER: Final = 1 << 30  # bytes; a head of 250 million parameters
+LARGEST_ANSWER: Final = 1 << 30  # bytes, and of a whole message; a head of 250 million parameters
+MOST_OBJECTS: Final = 10_000  # that a message consists of; two a tensor, and a few
 
 _NO_BUNDLE: Final = hashlib.sha256(b"").hexdigest()
 _OBJECT_SECONDS: Final = 600.0  # most that a node waits for the rest of a message that the server has announced
@@ -107,13 +112,15 @@ def install(make_retry: Callable[[], Retry], loop: Loop) -> None:
     """Put join's parts in place of Flower's, in this process."""
     connection, node = vars(fleet_http_connection), vars(start_client_internal)
     pull = functools.partial(pull_objects, initial_backoff=0.05, backoff_cap=1.0, max_time=_OBJECT_SECONDS)
+    to_message = functools.partial(own_message, connection["message_from_proto"])
     parts: Mapping[str, tuple[dict[str, Any], Any]] = {
         "make_simple_http_retry_invoker": (connection, make_retry),
         "FleetHttpClient": (connection, Client),
         "HeartbeatSender": (connection, Heartbeat),
+        "message_from_proto": (connection, to_message),
         "run_from_proto": (connection, functools.partial(own_run, connection["run_from_proto"])),
         "get_fused_config_from_fab": (node, own_config),
-        "pull_objects": (node, pull),
+        "pull_objects": (node, functools.partial(bounded_pull, pull)),
         "register_signal_handlers": (node, lambda **_: None),
         "time": (node, SimpleNamespace(sleep=loop.sleep)),
         "_pull_and_store_message": (node, functools.partial(loop.pull, node["_pull_and_store_message"])),
@@ -161,11 +168,53 @@ class Heartbeat(HeartbeatSender):
                 return heartbeat_fn()
             except (httpx.HTTPError, ValueError):
                 return False
-            except RuntimeError:  # the server doesn't know this node any more: activate anew, in a new process
+            except BaseException:  # RuntimeError: the server doesn't know this node any more: anew, in a new process
                 os.kill(os.getpid(), signal.SIGINT)
                 return False
 
         super().__init__(beat)
+
+
+def own_message(parse: Callable[[Any], Message], proto: Any) -> Message:
+    """A message as the server describes it, if the executor would get it.
+
+    Flower's node keeps no message without an id, and gives a reply to nobody; it would wait for the reply for ever.
+
+    Raises
+    ------
+    ValueError
+        The node's loop ends at it, and the node is started again.
+    """
+    message = parse(proto)
+    if not is_valid_sha256_hash(message.metadata.message_id) or message.metadata.reply_to_message_id:
+        raise ValueError("what arrived is no message for a holder")
+    return message
+
+
+def bounded_pull(
+    pull: Callable[..., dict[str, bytes]], object_ids: list[str], *, pull_object_fn: Callable[[str], bytes]
+) -> dict[str, bytes]:
+    """Get the objects of a message, in place of `pull_objects`, as long as all of them are no more than one may be.
+
+    Raises
+    ------
+    ValueError
+        The node then gives the message up.
+    """
+    taken, lock = 0, threading.Lock()
+
+    def get(name: str) -> bytes:
+        nonlocal taken
+        content = pull_object_fn(name)
+        with lock:
+            taken += len(content)
+            if taken > LARGEST_ANSWER:
+                raise ValueError(TOO_LARGE)
+        return content
+
+    if len(object_ids) > MOST_OBJECTS:
+        raise ValueError(TOO_LARGE)
+    return pull(object_ids, pull_object_fn=get)
 
 
 def own_run(parse: Callable[[Any], Run], proto: Any) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from pathlib import Path
 from typing import Final
 
@@ -28,7 +29,10 @@ def check_flower() -> None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What Flower must find in the environment before it is imported: nothing calls home, nothing lies elsewhere.
+    """What the environment must say before Flower and models are imported: nothing calls home, nothing lies elsewhere.
+
+    A recipe that arrives can name a model of the hub: it is taken from the holder's cache, and not downloaded because
+    a server says so, unless the holder itself has set HF_HUB_OFFLINE=0.
 
     Parameters
     ----------
@@ -38,4 +42,9 @@ def environment(folder: Path) -> dict[str, str]:
     home = folder / "flower"
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     home.chmod(0o700)
-    return {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    return {
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+    }

@@ -6,7 +6,8 @@ own process at a 401. Here only what nobody on this side can wait out is given u
     no answer, a cut, a timeout      again, until it works: the server is down, or the network is
     408, 425, 429, 5xx               again, for `patience` seconds a request
     403                              that run is over; the request was about nothing that is left
-    certificate                      fatal: the server is not the one whose certificate `ca` is, or the clock is wrong
+    certificate                      fatal: the server is not the one whose certificate `ca` is, or the clock is wrong;
+                                     again, once this server has answered: whoever sits between could end every join
     401, 404, 412 to activate-node   fatal: the server doesn't know this key, or not this way of asking
     anything else                    given up; the node's loop decides what that means
 """
@@ -47,6 +48,9 @@ REMEDIES: Final[Mapping[str, str]] = {
     NO_SERVER: "Set server to the address that the coordinator gave.",
 }
 """Reasons that are fatal, and what to do. Fixed texts: nothing that the server sent is in them."""
+
+CERTIFICATES: Final = frozenset({EXPIRED, EARLY, OTHER_HOST, OTHER_CA})
+"""Reasons that anybody on the way to the server can bring about, without any key."""
 
 # OpenSSL's numbers of what was wrong with a certificate (x509_vfy.h).
 _VERIFICATION: Final[Mapping[int, str]] = {9: EARLY, 10: EXPIRED, 62: OTHER_HOST, 64: OTHER_HOST}
@@ -109,7 +113,7 @@ def _said(response: httpx.Response) -> object:
     """What fedhead's server says to a 401 (server/link/proof.py); compared with what is known, and not passed on."""
     try:
         found = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found.get("detail") if isinstance(found, dict) else None
 
@@ -153,6 +157,7 @@ class Retry:
         self._patience, self._sleep, self._clock = patience, sleep, clock
         self._lock = threading.Lock()
         self._down: str | None = ""  # why the server doesn't answer; None: it does; "": not asked yet
+        self._answered = False
 
     def invoke(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `target` until it returns, or fails for good.
@@ -170,6 +175,8 @@ class Retry:
                 found = target(*args, **kwargs)
             except (httpx.TransportError, httpx.HTTPStatusError) as error:
                 verdict, why = judge(error)
+                if self._answered and why in CERTIFICATES:
+                    verdict = "again"
                 if verdict == "over":
                     self._tell(None)
                     raise self._over from None
@@ -186,6 +193,7 @@ class Retry:
 
     def _tell(self, why: str | None) -> None:
         with self._lock:
+            self._answered = self._answered or why is None
             if why == self._down:
                 return
             self._down = why

@@ -22,6 +22,7 @@ from typing import Any, Final, Protocol
 
 from fedhead.client.joining.process import Child, Said
 from fedhead.client.joining.retry import REMEDIES
+from fedhead.common.refusals import TEXTS
 
 log = logging.getLogger("fedhead.client")
 
@@ -180,7 +181,7 @@ class Supervisor:
                 place.good = True
                 log.info("connected to %s", self.server, extra={"event": kind})
             case ("node", "offline"):
-                log.warning("not connected: %s", event.get("why"), extra={"event": kind})
+                log.warning("not connected: %s; join goes on trying", event.get("why"), extra={"event": kind})
             case ("node", "fatal"):
                 why = str(event.get("why"))
                 self._given_up = f"{self.server} can't be joined: {why}. {REMEDIES.get(why, '')}".rstrip()
@@ -246,19 +247,28 @@ _WORDS: Final = {NODE: "node", EXECUTOR: "training"}
 def _tell(event: Mapping[str, Any]) -> None:
     """One line of the log for what the executor did."""
     fields = {name: value for name, value in event.items() if name in _FIELDS}
+    number, seconds, code = event.get("round"), _figure(event.get("seconds"), 2), event.get("code")
+    which = "a round" if number is None else f"round {number}"
     match event.get("event"):
         case "round" if event.get("outcome") == "released":
-            log.info("a round was released", extra=fields)
+            log.info("%s released after %s s", which, seconds, extra=fields)
         case "round":
-            log.warning("a round was refused", extra=fields)
+            text = TEXTS.get(code, "") if isinstance(code, int) else ""
+            log.warning("%s refused: %s %s", which, code, text, extra=fields)
         case "prepared" if event.get("good"):
-            log.info("the coordinator asked who is here; records and features are ready", extra=fields)
+            log.info("the coordinator asked who is here: records and features ready in %s s", seconds, extra=fields)
         case "prepared":
             log.warning("the coordinator asked who is here; the records can't be used", extra=fields)
         case "budget":
-            log.info("budget", extra=fields)
+            spent, left = _figure(event.get("spent"), 3), _figure(event.get("left"), 3)
+            log.info("budget %s: epsilon %s spent, %s left", event.get("domain"), spent, left, extra=fields)
         case _:
             pass
 
 
-_FIELDS: Final = frozenset({"event", "outcome", "code", "seconds", "good", "domain", "spent", "left"})
+def _figure(value: Any, digits: int) -> str:
+    """A number as people read it; one that isn't known, such as an epsilon without a bound, is a dash."""
+    return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
+
+
+_FIELDS: Final = frozenset({"event", "round", "outcome", "code", "seconds", "good", "domain", "spent", "left"})

@@ -35,7 +35,8 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import push_message
 
-from fedhead.client.joining.flower import RECIPE
+from fedhead.client.joining.flower import LARGEST_ANSWER, RECIPE
+from fedhead.client.joining.weighing import Scales
 
 _ACQUIRE: Final = "/flwr.proto.Runtime/AcquireTask"
 _MESSAGE_SECONDS: Final = 30.0  # a message without objects after that never gets them: its run has ended
@@ -112,10 +113,15 @@ class Task:
         if not got.messages_list:
             return None
         tree, sender = got.message_object_trees[0], Node(node_id=node)
-        message = pull_and_inflate_object_from_tree(
-            tree,
+        scales = Scales(
             make_pull_object_fn_protobuf(client.PullObject, sender, run),
             make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, sender, run),
+            LARGEST_ANSWER,
+        )
+        message = pull_and_inflate_object_from_tree(
+            tree,
+            scales.pull,
+            scales.confirm,
             return_type=Message,
             initial_backoff=0.05,
             backoff_cap=1.0,

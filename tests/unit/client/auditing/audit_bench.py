@@ -7,6 +7,7 @@ import torch
 
 from fedhead.client import gradients
 from fedhead.client.auditing.canaries import craft
+from fedhead.client.auditing.planted import plant
 from fedhead.client.auditing.setup import Setup
 from fedhead.client.gradients import ClosedForm, of_persons
 from fedhead.client.hooked import Ghost
@@ -64,6 +65,27 @@ class Bench:
             self.make, self.task, self.real, self.targets, self.plan, self.streams, self.canaries, self.generator
         )
         return replace(made, **changes)
+
+
+def planted(bench, number=60, path=None):
+    """The setup of a bench with planted gradients in place of crafted records."""
+    people = bench.canaries.records
+    canaries = plant(
+        number, bench.make(), bench.real, bench.outputs, clipping_norm=bench.plan.clipping_norm,
+        records_per_person=people, generator=bench.generator,
+    )  # fmt: skip
+    return bench.setup(canaries=canaries, path=path)
+
+
+def drawn(setup, rounds):
+    """The noise that a simulation's streams draw in so many rounds, in clipping norms."""
+    parameters, found = setup.make_trainable().trained().values(), []
+    for number in range(1, rounds + 1):
+        for step in range(setup.plan.local_steps):
+            noise = setup.streams_for(number).noise(step)
+            parts = [noise.add(torch.zeros_like(p), noise_multiplier=1.0, clipping_norm=1.0) for p in parameters]
+            found.append(torch.cat([part.flatten() for part in parts]).double().numpy())
+    return np.stack(found)
 
 
 def clip_looser(monkeypatch, factor=1.5):

@@ -266,14 +266,18 @@ def test_waits_double_and_begin_anew_after_a_minute_of_good_work(monkeypatch):
 def test_events_are_lines_of_the_log_without_anything_else_of_theirs(caplog):
     with caplog.at_level(logging.INFO, "fedhead.client"):
         for event in (
-            {"event": "round", "outcome": "released", "code": None, "seconds": 1.5, "more": "secret"},
-            {"event": "round", "outcome": "refused", "code": 1020, "seconds": 0.1},
+            {"event": "round", "round": 7, "outcome": "released", "code": None, "seconds": 1.504, "more": "secret"},
+            {"event": "round", "round": None, "outcome": "refused", "code": 1020, "seconds": 0.1},
             {"event": "budget", "domain": "wards", "spent": 1.0, "left": None},
             {"event": "unknown"},
         ):
             supervisor._tell(event)
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING", "INFO"]
-    assert caplog.records[1].code == 1020
+    assert caplog.messages == [
+        "round 7 released after 1.50 s", "a round refused: 1020 the round is over",
+        "budget wards: epsilon 1.000 spent, - left",
+    ]  # fmt: skip
+    assert (caplog.records[0].round, caplog.records[1].code) == (7, 1020)
     assert not any(hasattr(record, "more") for record in caplog.records)
 
 

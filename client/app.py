@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import torch
 from flwr.app import Context, Message, MessageType, RecordDict
@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 
 from fedhead.client.holder import load_holder
 from fedhead.client.metrics import noised_count
-from fedhead.client.timing import over, wait_until
+from fedhead.client.timing import limited, over, wait_until
 from fedhead.client.together import Member
 from fedhead.client.training import CHUNK, StepPlan
 from fedhead.client.workplace import Workplace, workplace_of
@@ -100,7 +100,9 @@ def _outcome(
         asked = protocol.read_request(message)
         check(asked.request, workplace)
         # One trained part serves all holders of a process, one holder at a time.
-        with workplace.lock:
+        limits = workplace.admission.limits
+        bound = limited(limits.round_seconds) if deployed and limits is not None else nullcontext()
+        with workplace.lock, bound:
             return answer(workplace, name, records, asked)
     except Refused as refused:
         return refused

@@ -7,7 +7,7 @@ and cache are the holder's own, noise comes from its operating system, and sums 
 from __future__ import annotations
 
 import logging
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -21,7 +21,10 @@ from fedhead.client.placing import alone, place
 from fedhead.client.training import CHUNK, Trainer
 from fedhead.client.workplace import Workplace, fingerprint
 from fedhead.common.config import RunConfig, changed, from_json
+from fedhead.common.config.places import in_package
 from fedhead.common.config.schema import FeatureSettings, ModelSettings
+from fedhead.common.data.paths import SCHEME
+from fedhead.common.data.persons import names_of
 from fedhead.common.data.records import Records
 from fedhead.common.data.sources import load_records
 from fedhead.common.errors import InputError
@@ -66,7 +69,7 @@ def deploy(path: Path, recipe: str) -> Workplace:
     split = alone(config, records)
     placed = place(config, features, split, [holder.name])
     if not holder.limits.allow_seeded_noise:
-        check_rounding(split, trainable)
+        check_rounding(split, trainable, config.privacy.person)
     # keyed: the ledger's hash leaves with every reply, and must not tell one set of records from another
     mark = fingerprint(records.digests(), records.labels, Domains(holder.folder).key())
     admission = Admission(open_ledger(holder), holder.limits, holder.budget, {holder.name: mark})
@@ -106,15 +109,17 @@ def open_ledger(holder: HolderFile) -> Ledger:
     return ledger
 
 
-def check_rounding(whole: Split, trainable: Trainable) -> None:
+def check_rounding(whole: Split, trainable: Trainable, person: str | None) -> None:
     """Refuse more records than the rounding of their sum is covered for: before any run, whatever a request says.
 
     Parameters
     ----------
     whole : Split
-        All records of the holder. Those that are kept apart for counts are among them: a server chooses their share,
-        and would else find out how many records there are by what is refused.
+        All records of the holder. Those that are kept apart for counts are among them, and under the unit person those
+        beyond the most a person: a server chooses both, and would else find out how many there are by what is refused.
     trainable : Trainable
+    person : str or None
+        The column of persons.
 
     Raises
     ------
@@ -122,7 +127,9 @@ def check_rounding(whole: Split, trainable: Trainable) -> None:
     """
     units = len(whole.train)
     if whole.persons is not None:
-        units = rounding_records(torch.from_numpy(np.diff(whole.persons[0].offsets)), CHUNK)
+        assert person is not None
+        _, lengths = np.unique(names_of(whole.train, person, "data.person"), return_counts=True)
+        units = rounding_records(torch.from_numpy(lengths.astype(np.int64)), CHUNK)
     check_sums(units, list(trainable.trained().values()))
 
 
@@ -204,9 +211,10 @@ def _check_code(holder: HolderFile, config: RunConfig) -> None:
     for trained in (kind, *(["unfrozen"] if model.unfreeze else [])):
         if trained not in allowed:
             raise InputError(f'a recipe trains "{trained}": limits.heads lacks it. Add it to allow it.')
-    if model.weights is not None and not _in_package(model.weights):
+    weights = model.weights
+    if weights is not None and not (weights.startswith(SCHEME) and in_package(weights.removeprefix(SCHEME))):
         raise InputError(
-            f'model.weights of a recipe is "{model.weights}": a file on this machine is not for a server to name. '
+            f'model.weights of a recipe is "{weights}": a file on this machine is not for a server to name. '
             "Have the recipe name a package or the hub."
         )
 
@@ -215,13 +223,3 @@ def _is_folder(name: str, base: Path) -> bool:
     """Whether the hub's name is, or could be, a path here: from where join was started, or from the holder's file."""
     path = Path(name)
     return name.startswith((".", "/", "~")) or ".." in path.parts or path.exists() or (base / path).exists()
-
-
-def _in_package(weights: str) -> bool:
-    """Whether weights are named as a file inside of an installed package.
-
-    What follows the package may be no path of its own: joined to the package's folder, `/etc` stays `/etc`.
-    """
-    package, _, inside = weights.removeprefix("pkg://").partition("/")
-    path = PurePosixPath(inside)
-    return weights.startswith("pkg://") and package.isidentifier() and not path.is_absolute() and ".." not in path.parts

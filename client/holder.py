@@ -11,6 +11,7 @@ metrics                   where its figures can be read, on this machine alone
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from pydantic import Field, PrivateAttr, ValidationError
 from fedhead.common.config.faults import fault, faults_of, setting_name
 from fedhead.common.config.limits import Budget, Limits
 from fedhead.common.config.names import Name, is_name
+from fedhead.common.config.places import HOST_RULE, address_of, is_host, path_from
 from fedhead.common.config.tables import Table, known_keys, part_of, read_toml
 from fedhead.common.errors import ConfigError, InputError
 
@@ -115,7 +117,7 @@ class HolderFile(Table):
 
     def path(self, text: str) -> Path:
         """A path as typed in the file: relative ones start from the file's folder."""
-        return _resolve(text, self.base)
+        return path_from(text, self.base)
 
 
 @dataclass(frozen=True)
@@ -181,16 +183,6 @@ def make_holder(raw: Mapping[str, Any], base: Path | None = None) -> HolderFile:
     return found
 
 
-def address_of(text: str) -> tuple[str, int]:
-    """Host and port of an address such as `fl.example.org:8443` or `[2001:db8::7]:8443`; the host without brackets."""
-    host, _, port = text.rpartition(":")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def _resolve(text: str, base: Path) -> Path:
-    return base / Path(text).expanduser()
-
-
 def _for_this_page(line: str) -> str:
     """The same fault, with the page that is about this file; the ends are those that `faults_of` writes."""
     for end in ("docs/recipes.md lists every setting.", "docs/recipes.md shows what it may be."):
@@ -202,7 +194,7 @@ def _for_this_page(line: str) -> str:
 def _files(parts: _Parts, base: Path) -> Iterator[str]:
     for name in ("ca", "key"):
         text = getattr(parts, name)
-        if text is not None and not _resolve(text, base).is_file():
+        if text is not None and not os.path.isfile(path_from(text, base)):
             yield fault(
                 name, text, "there is no such file", "Paths start at the file's folder; correct it, or leave it out."
             )
@@ -215,8 +207,8 @@ def _addresses(parts: _Parts, _: Path) -> Iterator[str]:
             continue
         if not 1 <= address_of(text)[1] <= 65_535:
             yield fault(name, text, "a port must be a number from 1 to 65535", f"Give one such as {example}.")
-        elif name == "server" and "/" in text:
-            yield fault(name, text, "it must be a host and a port, without a scheme", f"Give one such as {example}.")
+        elif name == "server" and not is_host(text):
+            yield fault(name, text, HOST_RULE, f"Give one such as {example}.")
         elif name == "metrics":
             from fedhead.common.operations.metrics import loopback  # brings prometheus_client, which few files need
 

@@ -1,10 +1,18 @@
-"""When a deployed holder answers: not a round that is over, and not sooner than its own file says."""
+"""When a deployed holder answers: not a round that is over, not sooner than its own file says, and not without end."""
 
 from __future__ import annotations
 
+import logging
+import os
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
 
 from flwr.app import Message
+
+log = logging.getLogger("fedhead.client")
 
 
 def over(message: Message) -> bool:
@@ -40,3 +48,24 @@ def wait_until(arrived: float, reply_at: float) -> None:
     left = arrived + reply_at - time.monotonic()
     if left > 0:
         time.sleep(left)
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """End this process when the block takes longer: a request can ask for work without end at next to no charge.
+
+    Nothing else ends a step under way. Whoever started the process starts it anew; what was reserved stays spent.
+    """
+    timer = threading.Timer(seconds, _end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _end() -> NoReturn:
+    log.error("a round took longer than limits.round_seconds: this process ends, and the round stays spent")
+    logging.shutdown()
+    os._exit(1)

@@ -230,6 +230,7 @@ def main() -> NoReturn:
         warnings.simplefilter("ignore")
     try:
         signal.signal(signal.SIGTERM, _terminated)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # __main__ had it end the process at once
         status = app(standalone_mode=False)  # None, or the status of an early exit; 130 after Ctrl-C
         if status == 130:
             raise KeyboardInterrupt

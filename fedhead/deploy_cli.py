@@ -9,12 +9,15 @@ import contextlib
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedhead.common.errors import InputError
 from fedhead.output import JsonOption, SetOption, emit
+
+if TYPE_CHECKING:
+    from fedhead.server.server_file import ServerFile
 
 HolderArgument = Annotated[Path, typer.Argument(metavar="HOLDER", help="A data holder's own file, holder.toml.")]
 ServerArgument = Annotated[Path, typer.Argument(metavar="SERVER", help="The coordinator's file, server.toml.")]
@@ -72,7 +75,12 @@ def submit(
 
     file = load_server(server)
     config = deployable(config, file)
+    if out is not None:
+        _check_results(out, file, resume)
     from fedhead.common.operations.logs import set_up_logs
+    from fedhead.server.submitting.commands import reach
+
+    reach(file)  # before the slow imports, and before a folder or the last run's state is touched
     from fedhead.simulations.folders import claimed
 
     # where a terminal shows progress, only what is wrong needs a line of its own
@@ -88,6 +96,21 @@ def submit(
 
         write_report(folder)
     emit(result.to_dict(), as_json, lambda: console.show_result(result, folder))
+
+
+def _check_results(out: Path, server: ServerFile, resume: bool) -> None:
+    """Refuse a folder that is named by mistake: a run that began anew for a slip would cost the data holders."""
+    from fedhead.common.results import FILE
+
+    if resume and not out.is_dir():
+        raise InputError(
+            f'--out is "{out}": there is no run to go on with. Name the folder of the one that was stopped; without '
+            "--resume a new one starts."
+        )
+    if resume and (out / FILE).exists():
+        raise InputError(f'--out is "{out}": its run has ended. Leave out --resume, and choose another folder.')
+    if out.resolve().is_relative_to(server.folder.resolve()):
+        raise InputError(f'--out is "{out}": it lies in the server\'s state folder. Choose a folder of its own.')
 
 
 def status(server: ServerOption, as_json: JsonOption = False) -> None:

@@ -29,7 +29,7 @@ from fedhead.server.checkpoints import Checkpoint, memory_of, remember
 from fedhead.server.cohorts import Cohorts
 from fedhead.server.desk import Desk, offered, prepare
 from fedhead.server.evaluation import Evaluator
-from fedhead.server.marks import read_marks, write_marks
+from fedhead.server.marks import newest, read_marks, write_marks
 from fedhead.server.metrics import estimate
 from fedhead.server.requests import Plan, make_plan
 from fedhead.server.roster import Everybody, Roster
@@ -51,8 +51,9 @@ def main(grid: Grid, context: Context) -> None:
     resumed = Checkpoint.read(out, key) if context.run_config.get("resume") else None
     marks = str(context.run_config.get("marks", ""))
     outcome = Coordinator(desk, grid, key, out, resumed, Path(marks) if marks else None).run()
-    outcome.result.write(out)
+    # A folder with a result.json is taken for a whole run, which can't be resumed: it comes last.
     save_model(out / "model", desk.trainable, desk.config, desk.backbone, desk.task)
+    outcome.result.write(out)
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,9 @@ class Coordinator:
         if self.resumed is not None:
             rounds.history.extend(self.resumed.history)
             rounds.done = self.resumed.round
-            rounds.marks.update(self.resumed.marks)
+            if self.deployed is not None:
+                rounds.again = rounds.done + 1
+            rounds.marks = newest(rounds.marks, self.resumed.marks)
             remember(strategy, self.resumed.memory)
         return strategy
 

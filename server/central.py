@@ -133,15 +133,15 @@ class Central:
         like = {name: torch.from_numpy(array.numpy()) for name, array in sent.items()}
         start = _flat(like)
         streams = self._streams(request.round)
-        granted = self._reserve(request, asked, streams.source)
-        total = clipped_sum(_updates(replies, like, start), self.clipping_norm, len(start))
-        noised = streams.noise(0).add(total, noise_multiplier=self.noise_multiplier, clipping_norm=self.clipping_norm)
-        head = start + noised / self.cohort
-        released: list[tuple[str, int, bytes | None]] = [(name, sequence, None) for name, sequence in granted]
-        if self.seed is not None:  # a repeated round draws the same noise: written with the next one's, in one go
-            self._released = released
-        elif self.ledger is not None:
-            self.ledger.release(released)
+        granted, kept = self._reserve(request, asked, streams.source)
+        if kept:  # the process ended between this release and its checkpoint
+            head = torch.frombuffer(bytearray(kept), dtype=torch.float64)
+        else:
+            total = clipped_sum(_updates(replies, like, start), self.clipping_norm, len(start))
+            noise = streams.noise(0)
+            noised = noise.add(total, noise_multiplier=self.noise_multiplier, clipping_norm=self.clipping_norm)
+            head = start + noised / self.cohort
+            self._keep(granted, head)
         pieces = torch.split(head, [value.numel() for value in like.values()])
         state = {name: piece.view(like[name].shape) for name, piece in zip(like, pieces, strict=True)}
         weight = MetricRecord({protocol.WEIGHT: 1})
@@ -157,12 +157,25 @@ class Central:
             self._released = []
             self.ledger.close()
 
+    def _keep(self, granted: list[tuple[str, int]], head: Tensor) -> None:
+        """Write down that a head was released; without a seed the head, too, once, for a run that goes on from before.
+
+        Noise that is drawn anew would be another release.
+        """
+        if self.seed is not None:  # a repeated round draws the same noise: written with the next one's, in one go
+            self._released = [(name, sequence, None) for name, sequence in granted]
+        elif self.ledger is not None and granted:
+            (first, sequence), *others = granted
+            whole = (first, sequence, head.numpy().tobytes())
+            self.ledger.release([whole, *((name, number, b"") for name, number in others)])
+
     def _streams(self, number: int) -> Streams:
         return system_streams() if self.seed is None else simulation_streams(self.seed, _STREAM, number)
 
-    def _reserve(self, request: RoundRequest, asked: Sequence[str], source: str) -> list[tuple[str, int]]:
+    def _reserve(self, request: RoundRequest, asked: Sequence[str], source: str) -> tuple[list[tuple[str, int]], bytes]:
+        """Charge a round: each holder's entry, or the head that was released for this very round."""
         if self.ledger is None:
-            return []
+            return [], b""
         digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
         done, self._released = self._released, []
         outcomes = self.ledger.reserve(
@@ -184,6 +197,9 @@ class Central:
             done,
         )
         granted = []
+        kept = [outcome.payload for outcome in outcomes if isinstance(outcome, Repeated)]
+        if self.seed is None and len(kept) == len(asked) and kept[0]:
+            return [], kept[0]
         for name, outcome in zip(asked, outcomes, strict=True):
             if isinstance(outcome, Repeated) and self.seed is None:
                 raise RunError(
@@ -198,7 +214,7 @@ class Central:
                     f"round {request.round} is refused by the server's own ledger ({outcome.reason}): no noise was "
                     "drawn. Start the run anew in another folder."
                 )
-        return granted
+        return granted, b""
 
 
 def central_of(

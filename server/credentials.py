@@ -34,6 +34,8 @@ def public_key_pem(path: Path) -> bytes:
     OSError
         It can't be read.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise InputError("it must be a file")
     with open(path, "rb") as file:
         content = file.read(_LARGEST)
     if b"PRIVATE KEY" in content:

@@ -35,8 +35,21 @@ def read_marks(path: Path) -> dict[str, Mark]:
         ) from error
 
 
+def newest(seen: Mapping[str, Mark], others: Mapping[str, Mark]) -> dict[str, Mark]:
+    """Of each holder the mark of the higher sequence, of equal ones the first.
+
+    A ledger only grows. A run that goes on from an old checkpoint, or a holder that shows an older ledger, must not
+    make us forget what we have seen.
+    """
+    found = dict(seen)
+    for name, mark in others.items():
+        if name not in found or mark.sequence > found[name].sequence:
+            found[name] = mark
+    return found
+
+
 def write_marks(path: Path, marks: Mapping[str, Mark]) -> None:
     """Replace the file as a whole; holders that were not in this run keep the mark that they had."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = {name: list(mark) for name, mark in sorted({**read_marks(path), **marks}.items())}
+    rows = {name: list(mark) for name, mark in sorted(newest(read_marks(path), marks).items())}
     write_aside(path, (json.dumps(rows, indent=0) + "\n").encode())

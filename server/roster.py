@@ -24,11 +24,13 @@ from flwr.serverapp import Grid
 
 from fedhead.common import progress, protocol
 from fedhead.common.errors import RunError
+from fedhead.common.refusals import TEXTS
 
 log = logging.getLogger("fedhead.server")
 
 LOOK_SECONDS = 0.5
 AGAIN_SECONDS = 20.0  # after a holder has said that it isn't ready
+LOST_SECONDS = 2.0  # after the link has said that a greeting, or its node, was lost
 
 
 class Roster(Protocol):
@@ -129,13 +131,16 @@ class Callers:
         while True:
             everybody = self._look()
             found = {name: self._present[name] for name in wanted if name in self._present}
-            if len(found) >= self.least and (self._begun or set(self._greeted) <= self._slow):
+            late = time.monotonic() > until  # one that keeps silent must not keep the others from beginning
+            if len(found) >= self.least and (self._begun or late or set(self._greeted) <= self._slow):
+                if not self._begun:
+                    progress.advance("holders", len(found), len(found))  # nobody is waited for any more
                 self._begun = True
                 return found
             why = "; ".join(f"{name}: {text}" for name, text in sorted(self.turned_away.items()))
             if everybody and set(self.turned_away) >= everybody:
                 raise RunError(f"no holder can take part ({why}). Their own logs say more.")
-            if time.monotonic() > until:
+            if late:
                 raise RunError(
                     f"{len(found)} of at least {self.least} holders were there within {self.patience:.0f} s"
                     f"{f' ({why})' if why else ''}. Start the others, or lower least_holders."
@@ -146,7 +151,7 @@ class Callers:
     def missed(self, names: Collection[str]) -> None:
         """Greet these again before they are asked again."""
         for name in names:
-            log.warning("%s did not answer in time; it is asked again once it does", name)
+            log.warning("%s has not answered; it is asked again once it does", name)
             self._present.pop(name, None)
 
     def _look(self) -> set[str]:
@@ -184,6 +189,10 @@ class Callers:
                 continue
             del self._greeted[node]
             name = known[node].name
+            if reply.has_error() and reply.error.code not in TEXTS:  # the link's word: the holder has said nothing
+                self._slow.add(node)
+                self._later[node] = time.monotonic() + LOST_SECONDS
+                continue
             text = _fault(reply, name)
             if text:
                 if self.turned_away.get(name) != text:

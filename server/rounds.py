@@ -19,17 +19,26 @@ from torch import Tensor
 
 from fedhead.common import protocol
 from fedhead.common.errors import InputError, Refused, RunError
-from fedhead.common.privacy.events import CountEvent, Event, GaussianEvent, NoPrivacyEvent, event_of, from_json
+from fedhead.common.privacy.events import (
+    CountEvent,
+    Event,
+    GaussianEvent,
+    NoPrivacyEvent,
+    PoissonEvent,
+    event_of,
+    from_json,
+)
 from fedhead.common.privacy.filters import charge_of
 from fedhead.common.privacy.ledger import Mark
 from fedhead.common.protocol import RoundRequest
-from fedhead.common.refusals import INVALID_REQUEST, UNSPENT
+from fedhead.common.refusals import INVALID_REQUEST, NOT_READY, OLD_LEDGER, TEXTS, UNSPENT
 from fedhead.server.central import Central
 from fedhead.server.cohorts import Cohorts
+from fedhead.server.marks import newest
 from fedhead.server.roster import Roster
 
 ROUNDS_WITHOUT_UPDATE = 3
-ABSENT, SILENT = "not connected when the round began", "no reply in time"
+ABSENT, SILENT = "not connected when the round began", "no reply arrived"
 
 
 @dataclass
@@ -77,6 +86,8 @@ class Rounds:
         Identifier of the run, as the ledgers have it.
     deadline : float or None
         Seconds after which a round is over: replies that come later don't count, and a holder doesn't begin it.
+    again : int or None
+        The round that an earlier start of the run may have asked: a holder that can't be asked now may have spent it.
     """
 
     cohorts: Cohorts
@@ -91,6 +102,7 @@ class Rounds:
     least: int = 1
     run: str = ""
     deadline: float | None = None
+    again: int | None = None
 
 
 def around(base: type[FedAvg], options: Mapping[str, Any], rounds: Rounds) -> FedAvg:
@@ -130,8 +142,8 @@ class _InRounds(FedAvg):
     ) -> Iterable[Message]:
         """Ask the round's cohort, in the order of the holders' names."""
         server_round += self.rounds.done
-        self._started, self._sent = time.perf_counter(), arrays
         self._nodes = self.rounds.roster.present(self.rounds.cohorts.of_round(server_round))
+        self._started, self._sent = time.perf_counter(), arrays  # waiting for holders is no training
         names = sorted(self._nodes)
         order = {self._nodes[name]: i for i, name in enumerate(names)}
         asked = protocol.round_config(self.rounds.request(server_round))
@@ -184,21 +196,29 @@ class _InRounds(FedAvg):
         spent = _asked(self.rounds.request(record.round))
         heard = {reply.metadata.src_node_id for reply in replies}
         missed = [name for name in sorted(self._nodes) if self._nodes[name] not in heard]
+        again = record.round == self.rounds.again
         for name in self.rounds.cohorts.of_round(record.round):
             if name not in self._nodes:
                 record.refused.append({"holder": name, "code": 0, "text": ABSENT})
+                if again:
+                    record.events[name] = spent
             elif name in missed:  # it may have released: what was asked counts as spent
                 record.refused.append({"holder": name, "code": 0, "text": SILENT})
                 record.events[name] = spent
-        self.rounds.roster.missed(missed)
+        # Codes that no holder has are the link's: the node was restarted, and opens its records before it is asked.
+        lost = [names[_sender(reply)] for reply in replies if _lost(reply) and _sender(reply) in names]
+        self.rounds.roster.missed(missed + lost)
         for reply in replies:
             name = names.get(reply.metadata.src_node_id, str(reply.metadata.src_node_id))
             if reply.has_error():
                 holder, code, text = protocol.read_refusal(reply)
                 if reply.metadata.src_node_id not in names and holder in self._nodes:
                     name = holder  # a node is the holder that it said it was first: nobody spends in another's name
+                if name not in self._nodes:
+                    continue  # the link's word for a node that is among the missed
                 record.refused.append({"holder": name, "code": code, "text": text})
-                if code not in UNSPENT:  # it may have been charged, or released: what was asked counts as spent
+                # it may have been charged, or released: what was asked counts as spent
+                if code not in UNSPENT or (again and code in (NOT_READY, OLD_LEDGER)):
                     record.events[name] = spent
                 continue
             record.bytes_up += protocol.payload_bytes(reply.content)
@@ -206,7 +226,7 @@ class _InRounds(FedAvg):
             record.events[name] = [_event(reply, spent[0]), *spent[1:]]
             mark, count = protocol.read_mark(reply), protocol.read_count(reply)
             if mark is not None:
-                self.rounds.marks[name] = mark
+                self.rounds.marks = newest(self.rounds.marks, {name: mark})
             if count is not None and len(spent) > 1:
                 record.counts[name] = count
             try:
@@ -223,17 +243,20 @@ class _InRounds(FedAvg):
         return [reply for _, reply in sorted(good, key=lambda pair: pair[0])]
 
     def _stop_if_alone(self, record: RoundRecord) -> None:
-        if record.holders:
+        least = self.rounds.least
+        if record.holders >= least:
             return
         recent = self.rounds.history[-ROUNDS_WITHOUT_UPDATE:]
         # who was cut off may come back, where anybody may
         silent = self.rounds.deadline is not None and any(item["text"] in (ABSENT, SILENT) for item in record.refused)
         if (len(self.rounds.history) == 1 and not silent) or (
-            len(recent) == ROUNDS_WITHOUT_UPDATE and not any(past.holders for past in recent)
+            len(recent) == ROUNDS_WITHOUT_UPDATE and not any(past.holders >= least for past in recent)
         ):
             reasons = sorted({f"{item['code']} {item['text']}" for item in record.refused}) or ["no reply"]
+            # every further round would be spent by those who answer, for the same head
+            got = "no update from any holder" if least == 1 else f"{record.holders} of at least {least} updates"
             raise RunError(
-                f"round {record.round} got no update from any holder ({'; '.join(reasons)}). "
+                f"round {record.round} got {got} ({'; '.join(reasons)}). "
                 "The holders' own logs say more; the last head is kept."
             )
 
@@ -253,7 +276,18 @@ def _event(reply: Message, asked: str) -> str:
         said = from_json(protocol.read_release(reply)[1])
     except InputError:
         return asked
-    return said.to_json() if _spends_more(said, from_json(asked)) else asked
+    if not _spends_more(said, from_json(asked)):
+        return asked
+    # Other sampling than was asked for: a different one each round would keep the accountant busy for hours.
+    return (NoPrivacyEvent(said.steps) if isinstance(said, PoissonEvent) else said).to_json()
+
+
+def _sender(reply: Message) -> int:
+    return int(reply.metadata.src_node_id)
+
+
+def _lost(reply: Message) -> bool:
+    return reply.has_error() and reply.error.code not in TEXTS
 
 
 def _spends_more(said: Event, asked: Event) -> bool:

@@ -12,6 +12,7 @@ Nothing here imports Flower or PyTorch, so that the commands that only ask are q
 from __future__ import annotations
 
 import ipaddress
+import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pydantic import Field, PrivateAttr, ValidationError
 
 from fedhead.common.config.faults import fault, faults_of
 from fedhead.common.config.names import NAME_RULE, is_name
+from fedhead.common.config.places import HOST_RULE, address_of, is_host, path_from
 from fedhead.common.config.tables import Table, known_keys, part_of, read_toml
 from fedhead.common.errors import ConfigError, InputError
 from fedhead.server.credentials import CURVES, pair_fault, public_key_pem
@@ -65,7 +67,7 @@ class ServerFile(Table):
         300.0, ge=1, le=86_400, description="Seconds that a data holder has for its part of a round."
     )
     holders_deadline: float = Field(
-        600.0, ge=0, le=604_800, description="Seconds that a run waits for least_holders to be there."
+        600.0, ge=1, le=604_800, description="Seconds that a run waits for least_holders to be there."
     )
     metrics: str | None = Field(
         None, pattern=_ADDRESS, description="Where this machine's monitoring reads figures; loopback. Default: nowhere."
@@ -156,7 +158,7 @@ class ServerFile(Table):
 
     def path(self, text: str) -> Path:
         """A path as typed in the file: relative ones start from the file's folder."""
-        return _resolve(text, self.base)
+        return path_from(text, self.base)
 
 
 @dataclass(frozen=True)
@@ -221,16 +223,6 @@ def make_server(raw: Mapping[str, Any], base: Path | None = None) -> ServerFile:
     return found
 
 
-def address_of(text: str) -> tuple[str, int]:
-    """Host and port of an address such as `127.0.0.1:8444` or `[::1]:8444`; the host without brackets."""
-    host, _, port = text.rpartition(":")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def _resolve(text: str, base: Path) -> Path:
-    return base / Path(text).expanduser()
-
-
 def _loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -244,6 +236,8 @@ def _addresses(parts: _Parts, _: Path) -> Iterator[str]:
         host, port = address_of(text)
         if not 1 <= port <= 65_535:
             yield fault(name, text, "a port must be a number from 1 to 65535", "Give one such as 8443.")
+        if name == "address" and not is_host(text):
+            yield fault(name, text, HOST_RULE, "Give one such as 0.0.0.0:8443.")
         if name != "address" and not _loopback(host):
             yield fault(
                 name, text, "it must be an address of this machine alone",
@@ -259,10 +253,10 @@ def _addresses(parts: _Parts, _: Path) -> Iterator[str]:
 def _certificates(parts: _Parts, base: Path) -> Iterator[str]:
     if parts.certificates is None:
         return
-    folder = _resolve(parts.certificates, base)
+    folder = path_from(parts.certificates, base)
     there = True
     for name in ("server.crt", "server.key"):
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):
             there = False
             yield fault(
                 "certificates", parts.certificates, f"there is no {name} in it",
@@ -298,7 +292,7 @@ def _holders(parts: _Parts, base: Path) -> Iterator[str]:
                 setting, text, f"a name must be listed once, and it is that of {other}", "Rename it, or remove it."
             )
         try:
-            key = public_key_pem(_resolve(text, base))
+            key = public_key_pem(path_from(text, base))
         except (OSError, ValueError, InputError) as error:
             yield fault(setting, text, _reason(error), _STARTS)
             continue

@@ -194,15 +194,10 @@ def _figures(one: DomainSummary, totals: Totals, delta: float | None) -> dict[st
     if delta is None and one.terms is None:
         delta = min(DELTA + totals.delta, 0.5)
     cost = spent(one.terms, totals, delta)
-    if _given_away(one):
+    if one.given_away:
         cost = Spent(math.inf, cost.delta, "none")
     epsilon: float | str = "inf" if math.isinf(cost.epsilon) else cost.epsilon
     return {"epsilon": epsilon, "delta": cost.delta, "accountant": cost.accountant}
-
-
-def _given_away(one: DomainSummary) -> bool:
-    """Whether a deployed holder let a seed that arrived draw its noise: the sender can take it off again."""
-    return not one.seeded and any("seeded" in source for source in one.noise)
 
 
 def _notes(one: DomainSummary) -> Iterator[str]:
@@ -212,7 +207,7 @@ def _notes(one: DomainSummary) -> Iterator[str]:
         yield f"{one.holder}, {one.domain}: counted together with {', '.join(one.overlapping)}, as not disjoint"
     if one.seeded:
         yield "simulated noise comes from a seed: for whoever knows the seed, epsilon is infinite"
-    if _given_away(one):
+    if one.given_away:
         yield f"{one.holder}, {one.domain}: a release took its noise from a seed that arrived: epsilon is infinite"
     if one.terms is None:
         yield f"{one.holder}, {one.domain}: there is no budget, everything is admitted"

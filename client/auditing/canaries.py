@@ -135,7 +135,7 @@ def craft(
 
 
 def joined(first: tuple[FeatureSet, Tensor], second: tuple[FeatureSet, Tensor]) -> tuple[FeatureSet, Tensor]:
-    """Two sets of units as one, in this order: records of one feature vector each, or persons.
+    """Two sets of units as one, in this order: records of one shape, or of tokens, or persons.
 
     Returns
     -------
@@ -143,13 +143,12 @@ def joined(first: tuple[FeatureSet, Tensor], second: tuple[FeatureSet, Tensor]) 
     targets : Tensor, int64, shape (N,), or (N, T) with -1 behind a person's last record
     """
     (a, a_targets), (b, b_targets) = first, second
-    values = torch.cat([a.values.float(), b.values])
-    if a_targets.dim() == 1:
-        return FeatureSet(values), torch.cat([a_targets, b_targets])
-    assert a.offsets is not None and b.offsets is not None, "persons are ragged"  # noqa: PT018
-    width = max(a_targets.shape[1], b_targets.shape[1])
-    targets = [nn.functional.pad(t, (0, width - t.shape[1]), value=-1) for t in (a_targets, b_targets)]
-    offsets = torch.cat([a.offsets, a.offsets[-1] + b.offsets[1:]])
+    values, targets, offsets = torch.cat([a.values.float(), b.values]), [a_targets, b_targets], None
+    if a.offsets is not None and b.offsets is not None:
+        offsets = torch.cat([a.offsets, a.offsets[-1] + b.offsets[1:]])
+    if a_targets.dim() == 2:
+        width = max(a_targets.shape[1], b_targets.shape[1])
+        targets = [nn.functional.pad(t, (0, width - t.shape[1]), value=-1) for t in targets]
     return FeatureSet(values, offsets), torch.cat(targets)
 
 

@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedhead.client.auditing.canaries import Canaries, flat, joined, load_flat, sent_head
+from fedhead.client.auditing.canaries import Canaries, flat, joined, load_flat
+from fedhead.client.auditing.planted import TOKENS, PlantedCanaries
 from fedhead.client.auditing.setup import Setup, Units
 from fedhead.client.auditing.watching import watch
 from fedhead.client.training import StepPlan, Trainer
 from fedhead.common.errors import RunError
 from fedhead.common.features import FeatureSet
-from fedhead.common.models.trainable import Trainable
 from fedhead.common.privacy.audit.findings import Check
 from fedhead.common.privacy.noise import Streams
 
@@ -38,6 +38,7 @@ _SIZES: Final = (0, 1, 7, 33)  # units that are there already
 _CHUNK: Final = 16  # of records: the largest data set comes in several
 _REAL: Final = 2  # real units, and as many canaries, that are added
 _LABELS: Final = 10  # that each crafted unit is tried with
+_MANY: Final = 20_000  # trained numbers from which, as behind a cut, fewer heads, sizes and labels are tried
 _LARGE: Final = {torch.float32: 2.0**6, torch.float64: 2.0**16}
 """Length of the huge head, in clipping norms. A deployed holder refuses 2^20; in float32 gradients under so large a
 head would be rounding, which no claim covers."""
@@ -107,9 +108,11 @@ def largest_contribution(setup: Setup) -> Contributions:
     -----
     A sum is measured as the release times the declared divisor, under a noise multiplier of 1e-8, and with every record
     sampled. The true sensitivity is at least `largest`; that none of the units tried breaks the bound is evidence, and
-    for the clipping itself the proof is in `fedhead.common.privacy.clipping`.
+    for the clipping itself the proof is in `fedhead.common.privacy.clipping`. A head drops nothing meanwhile: what
+    dropout drops doesn't depend on what a unit holds, and whatever it drops, units are clipped by the same code.
     """
     setup.check_mechanism()
+    setup = setup.without_dropout()
     plan, canaries, generator, real = setup.plan, setup.canaries, setup.generator, setup.real
     quiet = replace(
         plan,
@@ -121,11 +124,13 @@ def largest_contribution(setup: Setup) -> Contributions:
         chunk=_CHUNK,
     )
     measure = _Measure(setup.trainer(), quiet, setup.streams_for)
-    added = list(_added(real, canaries, setup.task.outputs, generator))
+    made = setup.make_trainable()
+    small = made.tail is None and len(flat(made)) <= _MANY
+    added = list(_added(real, canaries, setup.task.outputs if small else 1, generator))
     by_kind: dict[str, float] = {}
     tried, turns = 0, 0
-    for head in _heads(setup.make_trainable(), canaries, plan.clipping_norm, generator):
-        for size in sorted({min(size, len(setup.targets)) for size in _SIZES}):
+    for head in _heads(setup, small):
+        for size in sorted({min(size, len(setup.targets)) for size in (_SIZES if small else _SIZES[::2])}):
             for there in _there(real, canaries, size):
                 before = measure.sum(head, there)
                 # two labels of each kind at a time, others with each data set: all of them come up
@@ -165,19 +170,19 @@ def _distance(a: FloatArray | None, b: FloatArray | None) -> float:
     return moved if math.isfinite(moved) else math.inf
 
 
-def _heads(
-    trainable: Trainable, canaries: Canaries, clipping_norm: float, generator: np.random.Generator
-) -> Iterator[FloatArray]:
-    """Zero, one after the canaries, a random one, and a huge one."""
-    start = flat(trainable)
+def _heads(setup: Setup, small: bool) -> Iterator[FloatArray]:
+    """One after the canaries; of small heads also zero, a random one, and a huge one."""
+    yield setup.sent_head()
+    if not small:
+        return
+    start, generator = flat(setup.make_trainable()), setup.generator
     drawn = generator.standard_normal(len(start))
     yield np.zeros(len(start))
-    yield sent_head(trainable, canaries, generator)
     yield start.double().numpy() + drawn
-    yield drawn / float(np.linalg.norm(drawn)) * _LARGE[start.dtype] * clipping_norm
+    yield drawn / float(np.linalg.norm(drawn)) * _LARGE[start.dtype] * setup.plan.clipping_norm
 
 
-def _there(real: Units, canaries: Canaries, size: int) -> Iterator[Units]:
+def _there(real: Units, canaries: Canaries | PlantedCanaries, size: int) -> Iterator[Units]:
     """Data sets that a unit is added to: real units, and canaries all of one label."""
     features, targets = real
     yield features.slice(0, size), targets[:size]
@@ -197,7 +202,7 @@ def _again(there: Units) -> Iterator[tuple[str, Units]]:
 
 
 def _added(
-    real: Units, canaries: Canaries, outputs: int, generator: np.random.Generator
+    real: Units, canaries: Canaries | PlantedCanaries, outputs: int, generator: np.random.Generator
 ) -> Iterator[list[tuple[str, Units]]]:
     """Units to add, each with what it is; in a list those that differ in their label only."""
     features, targets = real
@@ -205,26 +210,26 @@ def _added(
         yield [("a real one", (features.slice(i, i + 1), targets[i : i + 1]))]
     for i in range(min(_REAL, len(canaries))):
         yield [("a canary", canaries.units(np.arange(len(canaries)) == i))]
-    width, each = canaries.features, canaries.records or 1
+    shape, each = features.shape, canaries.records or 1
     labels = range(outputs) if outputs <= _LABELS else sorted({0, outputs - 1, *generator.choice(outputs, _LABELS - 2)})
-    ordinary = torch.from_numpy(generator.standard_normal(width)).float()
-    one = torch.zeros(width)
-    one[int(generator.integers(width))] = 1e12
+    ordinary = torch.from_numpy(generator.standard_normal(shape)).float()
+    one = torch.zeros(shape)
+    one.view(-1)[int(generator.integers(one.numel()))] = 1e12
     broken = ordinary.clone()
-    broken[0] = torch.nan
+    broken.view(-1)[0] = torch.nan
     hostile = {
-        "zeros": torch.zeros(width),
-        "1e30 everywhere": torch.full((width,), 1e30),
-        "not a number": torch.full((width,), torch.nan),
+        "zeros": torch.zeros(shape),
+        "1e30 everywhere": torch.full(shape, 1e30),
+        "not a number": torch.full(shape, torch.nan),
         "one number that is not a number": broken,
-        "inf": torch.full((width,), torch.inf),
+        "inf": torch.full(shape, torch.inf),
         "one huge number": one,
         "long": 1e6 * ordinary,
         "tiny": 1e-30 * ordinary,
     }
     for kind, row in hostile.items():
         own = labels if bool(row.isfinite().all()) else (0,)
-        yield [(kind, _unit(row.expand(each, -1), int(label), canaries)) for label in own]
+        yield [(kind, _unit(row.expand(each, *shape), int(label), canaries)) for label in own]
     if canaries.records is not None:
         for times, kind in ((1, "the most records"), (3, "more than the most records"), (64, "a great many records")):
             for row in (ordinary, 1e3 * ordinary):
@@ -233,8 +238,11 @@ def _added(
         yield [("ordinary and broken records", _unit(mixed, 0, canaries))]
 
 
-def _unit(rows: Tensor, label: int, canaries: Canaries) -> Units:
+def _unit(rows: Tensor, label: int, canaries: Canaries | PlantedCanaries) -> Units:
     """One record, or one person with these records."""
+    if canaries.records is None and isinstance(canaries, PlantedCanaries) and canaries.ragged:
+        tokens = rows[:1].expand(TOKENS, *rows.shape[1:]).contiguous()
+        return FeatureSet(tokens, torch.tensor([0, TOKENS])), torch.tensor([label])
     if canaries.records is None:
         return FeatureSet(rows[:1].contiguous()), torch.tensor([label])
     return FeatureSet(rows.contiguous(), torch.tensor([0, len(rows)])), torch.full((1, len(rows)), label)

@@ -8,7 +8,7 @@ hundredth too little stands out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedhead.client.auditing.canaries import flat, joined, load_flat, sent_head
+from fedhead.client.auditing.canaries import flat, joined, load_flat
+from fedhead.client.auditing.planted import PlantedCanaries
 from fedhead.client.auditing.reference import Reference
-from fedhead.client.auditing.setup import Setup
-from fedhead.client.auditing.watching import watch
-from fedhead.client.training import CHUNK
+from fedhead.client.auditing.setup import Setup, Units, still
+from fedhead.client.auditing.watching import Seen, watch
+from fedhead.client.training import CHUNK, StepPlan
 from fedhead.common.errors import RunError
 from fedhead.common.features import FeatureSet
 from fedhead.common.privacy.audit.findings import Check
+from fedhead.common.privacy.clipping import finite_records
 
 FloatArray = NDArray[np.float64]
 
@@ -38,8 +40,10 @@ PERSON: Final = 2.0**-6
 _NOISE: Final = 1e-8  # noise multiplier
 _FITTED: Final = 60  # steps of Adam on the real records: gradients get short
 _RATE: Final = 0.1
+_BRIEFLY, _SLOW = 15, 0.01  # the same behind a cut
 _MANY: Final = CHUNK + 33  # units in a data set of several chunks
 _MOST: Final = 20_000  # trained numbers up to which that is looked at: a few seconds
+_FEW: Final = 64  # records that a head is fitted to, and a whole round is made of, behind a cut or with more numbers
 
 
 @dataclass(frozen=True)
@@ -83,50 +87,78 @@ def largest_difference(setup: Setup) -> Exactness:
     Notes
     -----
     Two heads under which gradients are long, one that fits the records, under which they are short and not clipped,
-    and for small heads a data set of more than one chunk. Both sides read the same sample, so that sampling isn't
-    looked at here.
+    and more than one chunk. Behind a cut, and with many trained numbers, fewer records are looked at. Both sides read
+    the same sample and drop the same, so that neither is looked at here.
     """
     plan, canaries = setup.plan, setup.canaries
     quiet = replace(plan, noise_multiplier=_NOISE, proximal_mu=0.0)
-    trainer, reference = setup.trainer(double=True), Reference(setup.make_trainable(), setup.task)
-    data = joined(setup.real, canaries.units())
-    share = distance = 0.0
-    sums = 0
-    rounds = [(data, head) for head in _heads(setup)]
-    if canaries.records is None and reference.parameters <= _MOST:
-        many = torch.arange(_MANY) % len(data[1])
-        rounds.append(((FeatureSet(data[0].values[many]), data[1][many]), rounds[0][1]))
-    for number, ((units, wanted), head) in enumerate(rounds, 1):
+    made = setup.make_trainable()
+    reference = Reference(made, setup.task)
+    small = made.tail is None and reference.parameters <= _MOST
+    real = setup.real if small else (setup.features.slice(0, _FEW), setup.targets[:_FEW])
+    worst = Exactness(0.0, 0.0, 0)
+    heads = list(_heads(setup))
+    rounds: list[tuple[Units, FloatArray, StepPlan]] = [(real, head, quiet) for head in heads]
+    if canaries.records is None and small:
+        many = torch.arange(_MANY) % len(real[1])
+        rounds.append(((FeatureSet(real[0].values[many]), real[1][many]), heads[0], quiet))
+    elif canaries.records is None:
+        rounds.append((real, heads[0], replace(quiet, chunk=max(1, len(real[1]) // 3))))
+    trainer = setup.trainer(double=True)
+    for number, (units, head, plan_of) in enumerate(rounds, 1):
         load_flat(trainer.trainable, head)
-        allowed = ALLOWED + EACH * len(wanted) + (PERSON if canaries.records is not None else 0.0)
+        data = joined(units, canaries.units())
+        allowed = ALLOWED + EACH * len(data[1]) + (PERSON if canaries.records is not None else 0.0)
         try:
-            seen = watch(trainer, units, wanted, quiet, setup.streams_for(number))
+            seen = watch(trainer, *data, plan_of, setup.streams_for(number))
         except RunError:
-            return Exactness(math.inf, math.inf, sums + 1)
-        for step, release in enumerate(seen.releases(quiet)):
-            index = None
-            if plan.mechanism == "poisson":
-                index = torch.from_numpy(seen.samples.get(step, np.empty(0, dtype=np.int64)))
-            expected = reference.clipped_sum(
-                seen.heads[step].double().numpy(), units, wanted, plan.clipping_norm, index
-            )
+            return Exactness(math.inf, math.inf, worst.sums + 1)
+        for step, release in enumerate(seen.releases(plan_of)):
+            expected = _expected(setup, reference, data, seen, step)
             apart = float(np.linalg.norm(release - expected)) / plan.clipping_norm
             apart = apart if math.isfinite(apart) else math.inf
-            share, distance, sums = max(share, apart / allowed), max(distance, apart), sums + 1
-    return Exactness(share, distance, sums)
+            worst = largest([worst, Exactness(apart / allowed, apart, 1)])
+    return worst
+
+
+def largest(found: Sequence[Exactness]) -> Exactness:
+    """The worst of all that were found."""
+    shares, distances, sums = zip(*((one.share, one.distance, one.sums) for one in found), strict=True)
+    return Exactness(max(shares), max(distances), sum(sums))
+
+
+def _expected(setup: Setup, reference: Reference, data: Units, seen: Seen, step: int) -> FloatArray:
+    """The sum of a step by the reference: of all units, or without those whose gradients are planted, and theirs."""
+    (units, wanted), norm, canaries = data, setup.plan.clipping_norm, setup.canaries
+    index = np.arange(len(wanted))
+    if setup.plan.mechanism == "poisson":
+        index = seen.samples.get(step, np.empty(0, dtype=np.int64))
+    planted = np.zeros(reference.parameters)
+    if isinstance(canaries, PlantedCanaries):
+        others = len(wanted) - len(canaries)
+        chosen = np.isin(np.arange(len(canaries)) + others, index)
+        planted, index = canaries.signatures(norm, chosen).total, index[index < others]
+    head = seen.heads[step].double().numpy()
+    return planted + reference.clipped_sum(head, units, wanted, norm, torch.from_numpy(index), seen.masks[step])
 
 
 def _heads(setup: Setup) -> Iterator[FloatArray]:
-    """Two after the canaries, and one that fits the real units."""
+    """Two after the canaries, and one that fits some real units."""
     for _ in range(2):
-        yield sent_head(setup.make_trainable(), setup.canaries, setup.generator)
-    model = setup.make_trainable().double()
-    rows, targets = setup.features.values, setup.targets
-    keep = rows.isfinite().all(1)
-    values, wanted = rows[keep].double(), targets[targets >= 0][keep]  # of persons, record after record
-    optimizer = torch.optim.Adam(model.trained().values(), lr=_RATE)
-    for _ in range(_FITTED):
+        yield setup.sent_head()
+    model = still(setup.make_trainable().double())
+    targets = setup.targets
+    if targets.dim() == 2:  # of persons record after record
+        features, wanted = FeatureSet(setup.features.values), targets[targets >= 0]
+    else:
+        features, wanted = setup.features, targets
+    values, lengths = features.batch(slice(0, len(features) if model.tail is None else _FEW))
+    keep = finite_records(values, lengths)
+    values, wanted = values[keep].double(), wanted[: len(values)][keep]
+    lengths = None if lengths is None else lengths[keep]
+    optimizer = torch.optim.Adam(model.trained().values(), lr=_RATE if model.tail is None else _SLOW)
+    for _ in range(_FITTED if model.tail is None else _BRIEFLY):
         optimizer.zero_grad()
-        torch.autograd.backward(setup.task.losses(model(values, None), wanted).mean())
+        torch.autograd.backward(setup.task.losses(model(values, lengths), wanted).mean())
         optimizer.step()
     yield flat(model).float().double().numpy()

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedhead.client.auditing.canaries import joined, load_flat, sent_head
+from fedhead.client.auditing.canaries import joined, load_flat
+from fedhead.client.auditing.planted import PlantedCanaries
 from fedhead.client.auditing.reference import Reference, Signatures
 from fedhead.client.auditing.setup import Setup, Units
 from fedhead.client.auditing.watching import Seen, noise_scale, replay_error, watch
@@ -151,7 +152,7 @@ def observe(setup: Setup, rounds: int) -> Observations:
     """
     _check(setup, rounds)
     audit = _Audit(setup, setup.generator.random(len(setup.canaries)) < 0.5)
-    heads = [sent_head(setup.make_trainable(), setup.canaries, setup.generator) for _ in range(rounds + 1)]
+    heads = [setup.sent_head() for _ in range(rounds + 1)]
     for number in range(1, rounds + 1):
         audit.round(heads[number - 1], setup.streams_for(number))
         advance("audit", number, rounds)
@@ -185,7 +186,10 @@ class _Audit:
         self.canaries = canaries = setup.canaries
         self.data = joined(setup.real, canaries.units(included))
         self.crafted = canaries.units()
-        self.places = self.reference.places(canaries.columns)
+        if isinstance(canaries, PlantedCanaries):
+            self.places = canaries.places
+        else:
+            self.places = self.reference.places(canaries.columns)
         self.number_of = np.cumsum(included) - 1  # among those that are in
         self.scores = np.zeros(len(canaries))
         self.residuals: list[FloatArray] = []
@@ -233,7 +237,9 @@ class _Audit:
             sample, others = _sample(seen, step), len(self.real[1])
             index = torch.from_numpy(sample[sample < others])
             chosen = chosen & np.isin(self.number_of + others, sample)
-        clean = self.reference.clipped_sum(head, *self.real, norm, index)
+        clean = self.reference.clipped_sum(head, *self.real, norm, index, seen.masks[step])
+        if isinstance(self.canaries, PlantedCanaries):
+            return clean, self.canaries.signatures(norm, chosen)
         signatures = self.reference.signatures(head, *self.crafted, norm, self.canaries.columns, chosen)
         if signatures.stray > STRAY:
             raise InputError(

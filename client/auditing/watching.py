@@ -6,7 +6,7 @@ Shapes: T steps of a round, P trained numbers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedhead.client.auditing.canaries import flat
+from fedhead.client.auditing.dropped import DropoutMasks
+from fedhead.client.auditing.reference import Masks
 from fedhead.client.training import StepPlan, Trainer
 from fedhead.common.config.schema import SGD, AdamW
 from fedhead.common.features import FeatureSet
@@ -77,6 +79,8 @@ class Seen:
         Step -> sample; empty without sampling.
     rates : dict of int to float
         Step -> sampling rate that was asked for.
+    masks : list of T mappings
+        Unit -> what dropout multiplied its numbers by in a step; empty without dropout.
     """
 
     received: Tensor
@@ -85,6 +89,7 @@ class Seen:
     gradients: Tensor
     samples: dict[int, IntArray]
     rates: dict[int, float]
+    masks: list[Masks] = field(default_factory=list)
 
     def releases(self, plan: StepPlan) -> FloatArray:
         """The noised sums, float64, shape (T, P): gradients without the pull, times the declared divisor."""
@@ -110,7 +115,11 @@ def watch(trainer: Trainer, features: FeatureSet, targets: Tensor, plan: StepPla
     heads: list[Tensor] = []
     gradients: list[Tensor] = []
 
+    dropout = DropoutMasks(trainer.trainable)
+    masks: list[Masks] = []
+
     def look(optimizer: Any) -> None:
+        masks.append(dropout.taken())
         heads.append(flat(trainer.trainable))
         gradients.append(torch.cat([p.grad.flatten() for p in optimizer.params]))
 
@@ -118,7 +127,8 @@ def watch(trainer: Trainer, features: FeatureSet, targets: Tensor, plan: StepPla
     optimizer = trainer.optimizer_of(plan.optimizer)
     optimizer.attach_step_hook(look)
     try:
-        trainer.round(features, targets, plan, watched)
+        with dropout.watching(features) as shown:
+            trainer.round(shown, targets, plan, watched)
     finally:
         optimizer.step_hook = None
     left, none = flat(trainer.trainable), received.new_zeros(0, len(received))
@@ -129,6 +139,7 @@ def watch(trainer: Trainer, features: FeatureSet, targets: Tensor, plan: StepPla
         torch.stack(gradients) if gradients else none,
         watched.samples,
         watched.rates,
+        masks,
     )
 
 

@@ -135,7 +135,9 @@ class HolderFigures:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number of at least 0, or None."""
+    """A number of at least 0, "inf" as infinite, or None."""
+    if value == "inf":
+        return math.inf
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     return float(value) if math.isfinite(value) and value >= 0 else None

@@ -268,6 +268,8 @@ def _tell(event: Mapping[str, Any]) -> None:
 
 def _figure(value: Any, digits: int) -> str:
     """A number as people read it; one that isn't known, such as an epsilon without a bound, is a dash."""
+    if value == "inf":
+        return "infinite"
     return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
 
 

@@ -32,8 +32,21 @@ _RULES: Mapping[str, str] = {
     "union_tag_not_found": "it must have a kind",
     "too_short": "it must have at least {min_length} entries",
     "too_long": "it must have at most {max_length} entries",
+    "string_too_short": "it must have at least {min_length} characters",
+    "string_too_long": "it must have at most {max_length} characters",
     "string_pattern_mismatch": "it must have the form {pattern}",
 }
+_FORMS: Mapping[str, str] = {
+    r"^[^\x00]+$": "it must be a path",
+    r"^\S+:[0-9]{1,5}$": "it must be a host, a colon and a port, such as 127.0.0.1:8443",
+    r"^[a-z]+:[^\x00]+$": "it must be a kind, a colon and a path, such as csv:records.csv",
+    r"^[a-z]+:.+$": "it must be a kind, a colon and a path, such as csv:records.csv",
+    r"^[\w.-]+$": "it must be letters, digits, dots, dashes and underscores",
+    r"^[0-9a-f]{64}$": "it must be 64 hexadecimal digits in lower case",
+    r"^module:[\w.]+:\w+$": "it must have the form module:package.module:name",
+    r"^(sha256:)?[0-9a-f]{64}$": "it must be 64 hexadecimal digits in lower case, after sha256: or alone",
+}
+"""What a pattern of the schema means, for those who don't read patterns."""
 _REMEDIES: Mapping[str, str] = {
     "task.labels": 'List every label of the data, such as labels = ["negative", "positive"].',
     "model.backbone": "Name one, such as torchvision:resnet18 or transformers:distilbert-base-uncased.",
@@ -115,7 +128,7 @@ def _line(item: ErrorDetails, raw: Mapping[str, Any], known: Mapping[str, Sequen
         return f"{name} is {show(value)}: there is no such setting. {hint}"
     if kind in ("union_tag_invalid", "union_tag_not_found") and isinstance(value, dict):
         name, value = f"{name}.kind", value.get("kind")
-    rule = _RULES.get(kind)
+    rule = _FORMS.get(str(context.get("pattern"))) or _RULES.get(kind)
     text = rule.format(**context) if rule else str(item["msg"])[:1].lower() + str(item["msg"])[1:]
     return fault(name, value, text, _remedy(name))
 

@@ -118,6 +118,12 @@ class Limits(Table):
     allow_seeded_noise: bool = Field(
         False, description="Draw noise from a seed that arrives: for tests only, epsilon is then infinite."
     )
+    round_seconds: float = Field(
+        3600.0,
+        gt=0,
+        description="Longest time for training in one round, in a deployment: then the training process is ended and "
+        "started anew. The round stays spent.",
+    )
     exact_noise_seconds: float = Field(
         5.0,
         ge=0,

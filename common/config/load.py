@@ -80,9 +80,17 @@ def make_config(raw: Mapping[str, Any], base: Path | None = None) -> RunConfig:
     return config
 
 
-def to_json(config: RunConfig) -> str:
-    """A recipe as one JSON text, with the folder its paths start from; `from_json` gives it back unchanged."""
-    return json.dumps({"base": str(config.base), "recipe": config.model_dump(mode="json")}, sort_keys=True)
+def to_json(config: RunConfig, *, base: bool = True) -> str:
+    """A recipe as one JSON text, with the folder its paths start from; `from_json` gives it back unchanged.
+
+    Parameters
+    ----------
+    base : bool
+        False for a text that goes to other machines: where the recipe lies here is nobody's business there.
+    """
+    return json.dumps(
+        {"base": str(config.base) if base else ".", "recipe": config.model_dump(mode="json")}, sort_keys=True
+    )
 
 
 def from_json(text: str) -> RunConfig:

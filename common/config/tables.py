@@ -7,11 +7,13 @@ import tomllib
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Final, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Discriminator, TypeAdapter, ValidationError
 
 from fedhead.common.errors import ConfigError
+
+_LARGEST: Final = 1 << 20  # bytes; a recipe has a few thousand, and a device may have no end
 
 
 class Table(BaseModel):
@@ -51,13 +53,19 @@ def read_toml(path: Path, name: str, remedy: str) -> dict[str, Any]:
         With one line that begins with the name and the path.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            rule = f"it must have at most {_LARGEST >> 20} MiB"
+            raise ConfigError([f'{name} is "{path}": {rule}. Check that it is the right file.'])
+        # Editors of some systems begin a file with a byte order mark.
+        return tomllib.loads(content.decode("utf-8-sig"))
     except FileNotFoundError as error:
         raise ConfigError([f'{name} is "{path}": there is no such file. {remedy}']) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            [f'{name} is "{path}": it can\'t be read ({type(error).__name__}). Check the file.']
-        ) from error
+    except OSError as error:
+        raise ConfigError([f'{name} is "{path}": it can\'t be read ({error.strerror}). Check the file.']) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([f'{name} is "{path}": it must be text in UTF-8. Save it in that encoding.']) from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([f'{name} is "{path}": it is no valid TOML ({error}). Correct that line.']) from error
     except (ValueError, RecursionError) as error:  # numbers and nesting beyond all bounds

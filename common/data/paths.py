@@ -6,6 +6,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+from fedhead.common.config.places import in_package, path_from
 from fedhead.common.errors import DataError
 
 SCHEME = "pkg://"
@@ -33,14 +34,17 @@ def resolve_path(text: str, base: Path, setting: str) -> Path:
     A package is found, never imported: none of its code runs.
     """
     if not text.startswith(SCHEME):
-        path = base / Path(text).expanduser()
+        path = path_from(text, base)
         if not path.exists():
             raise DataError(
                 f"{setting}: there is no such file or folder ({path}). Paths start at the recipe's folder; check it."
             )
         return path
-    package, _, inside = text.removeprefix(SCHEME).partition("/")
-    spec = find_spec(package) if package.isidentifier() else None
+    found = in_package(text.removeprefix(SCHEME))
+    if found is None:
+        raise DataError(f'{setting} is "{text}": it must be pkg://PACKAGE/FILE, a file in the package. Name that.')
+    package, inside = found
+    spec = find_spec(package)
     if spec is None or spec.submodule_search_locations is None:
         raise DataError(f'{setting}: the package "{package}" isn\'t installed. Install it, or give a path.')
     for folder in spec.submodule_search_locations:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fedhead.common.config.places import in_package, path_from
 from fedhead.common.errors import ModelError
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder, in the order of preference
@@ -44,22 +45,22 @@ def resolve(weights: str, base: Path) -> Path:
     Guarantee: finds packages by their import specification and runs none of their code.
     """
     if not weights.startswith("pkg://"):
-        path = base / Path(weights).expanduser()
+        path = path_from(weights, base)
         if not path.exists():
             raise ModelError(
                 f'model.weights is "{weights}": there is no such file or folder. Paths start from the recipe\'s folder.'
             )
         return path
-    package, _, inside = weights.removeprefix("pkg://").partition("/")
-    # A dotted name would make find_spec import the parents, so PACKAGE is one plain name.
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    found = in_package(weights.removeprefix("pkg://"))
+    if found is None:
+        raise ModelError(
+            f'model.weights is "{weights}": it must be pkg://PACKAGE/FILE, a file in the package. Name that.'
+        )
+    package, inside = found
+    spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         remedy = f"Install the package that holds it, for the built-in recipes with: {DEMO}"
         raise ModelError(f'model.weights is "{weights}": no package "{package}" is installed. {remedy}.')
-    if ".." in Path(inside).parts:
-        raise ModelError(
-            f'model.weights is "{weights}": a FILE in a package can\'t contain "..". Name the file itself.'
-        )
     for folder in spec.submodule_search_locations:
         path = Path(folder) / inside
         if inside and path.exists():

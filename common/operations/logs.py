@@ -122,17 +122,15 @@ class _Diverted(logging.Filter):
 class TextLines(logging.Formatter):
     """``2026-11-22T10:00:00Z INFO message field=value``; lines of a traceback follow, each marked.
 
-    Numbers are rounded, and what is None is left out: JSON has all of it.
+    Numbers are rounded, and what is None is left out: JSON has all of it. The message of a record with a field
+    ``event`` says all that people need; its fields are for programs, and only in JSON.
     """
 
     def format(self, record: logging.LogRecord) -> str:
         """One record as text."""
         time = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        fields = "".join(
-            f" {safe(name)}={safe(_short(value))}"
-            for name, value in _fields(record).items()
-            if value is not None and name != "event"  # a word for programs; the message says it to people
-        )
+        given = {} if hasattr(record, "event") else _fields(record)
+        fields = "".join(f" {safe(name)}={safe(_short(value))}" for name, value in given.items() if value is not None)
         text = f"{time} {record.levelname} {safe(_message(record))}{fields}"
         exception = _exception(record)
         return text + "".join(f"\n    | {safe(line)}" for line in (exception or "").splitlines())

@@ -8,7 +8,7 @@ import of this module.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -44,11 +44,14 @@ from flwr.supercore.auth.typing import AccountInfo
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, NodeStatus
 from flwr.supercore.date import now
 from flwr.supercore.error import http_error_translator
+from flwr.supercore.inflatable.inflatable_object import get_object_children_ids_from_object_content
 from flwr.supercore.object_store import NoObjectInStoreError
+from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 from flwr.supercore.protobuf.routing import ProtobufRoute
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_DEPENDENCY, ProtobufTranslationMiddleware
 from flwr.supercore.state.schema.linkstate_models import MessageIns as MessageInsModel
 from flwr.supercore.state.schema.linkstate_models import MessageRes as MessageResModel
+from flwr.supercore.state.schema.objectstore_models import ObjectChild, StoredObject
 from flwr.supercore.utils import int64_to_uint64, uint64_to_int64
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
@@ -57,7 +60,7 @@ from flwr.superlink.main import create_app
 from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.routers.fleet.router import router as fleet_router
 from flwr.superlink.servicer.fleet import fleet_handlers
-from sqlalchemy import exists, select, update
+from sqlalchemy import delete, exists, insert, select, update
 
 __all__ = [
     "PROTOBUF_REQUEST_DEPENDENCY", "PUBLIC_KEY_HEADER", "SIGNATURE_HEADER", "TIME_HEADER", "ActivateNodeRequest",
@@ -119,7 +122,66 @@ def make_inner(database: str, host: str, port: int, token: str, secret: bytes) -
         fleet_api_type=TRANSPORT_TYPE_GRPC_RERE, fleet_api_address=None, simulation=False, ssl_ca_certfile=None,
         ssl_certfile=None, ssl_keyfile=None, database=database, isolation="process", runtime_dependency_install=False,
     )  # fmt: skip
-    return create_app(config, SuperLinkLifespan)
+    app = create_app(config, SuperLinkLifespan)
+    _believe_contents(app.state.linkstate_factory.state().object_store)
+    return app
+
+
+def _believe_contents(store: SqlObjectStore) -> None:
+    """Have an object's own bytes say which parts it has, not whoever announces it first.
+
+    An object is announced with its parts, and its bytes follow. Flower refuses who announces one with other parts
+    later. Some objects are the same for all, and known before: a data holder could announce these with parts that don't
+    exist, and nobody else could send a reply any more. Here the last who announces is believed, until the bytes are
+    there; these have the object's hash, and say it themselves.
+    """
+    announce, put = store.preregister, store.put
+
+    def preregister(run_id: int, object_tree: ObjectTree) -> list[str]:
+        with store._mutation_session():
+            for part in _from_the_top(object_tree):
+                _set_parts(store, part.object_id, [child.object_id for child in part.children], bytes_there=False)
+            return announce(run_id, object_tree)
+
+    def put_and_look(object_id: str, object_content: bytes) -> None:
+        with store._mutation_session():
+            put(object_id, object_content)
+            parts = get_object_children_ids_from_object_content(object_content)
+            _set_parts(store, object_id, parts, bytes_there=True)
+
+    store.preregister, store.put = preregister, put_and_look  # type: ignore[method-assign]
+
+
+def _from_the_top(tree: ObjectTree) -> Iterator[ObjectTree]:
+    yield tree
+    for child in tree.children:
+        yield from _from_the_top(child)
+
+
+def _set_parts(store: SqlObjectStore, name: str, parts: Sequence[str], *, bytes_there: bool) -> None:
+    """Give an object that is announced already these parts; none that isn't, or whose bytes are (not) there."""
+    with store.session() as session:
+        known = session.scalar(select(StoredObject.is_available).where(StoredObject.object_id == name))
+        if known is None or bool(known) is not bytes_there:
+            return
+        before = set(session.scalars(select(ObjectChild.child_id).where(ObjectChild.parent_id == name)))
+        wanted = set(parts)
+        if before == wanted:
+            return
+        session.execute(delete(ObjectChild).where(ObjectChild.parent_id == name, ObjectChild.child_id.in_(before)))
+        for child in wanted - before:
+            row: Any = store.dialect_insert(StoredObject).values(
+                object_id=child, content=b"", is_available=0, ref_count=0
+            )
+            session.execute(row.on_conflict_do_nothing(index_elements=[StoredObject.object_id]))
+        for child in wanted:
+            session.execute(insert(ObjectChild).values(parent_id=name, child_id=child))
+        for changed, step in ((before - wanted, -1), (wanted - before, 1)):
+            session.execute(
+                update(StoredObject)
+                .where(StoredObject.object_id.in_(changed))
+                .values(ref_count=StoredObject.ref_count + step)
+            )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 NOT_FOUND: Final = "Not Found"
 LENGTH_REQUIRED: Final = "Length Required"
 TOO_LARGE: Final = "Content Too Large"
+BUSY: Final = "Too Many At Once"
+MOST_AT_ONCE: Final = 16  # requests of one caller; a node has fewer than five
 
 GONE: Final = "fedhead.gone"  # in the scope: an asyncio.Event, set once the caller has gone away
 
@@ -45,18 +47,23 @@ class Gate:
         Largest body; a body without a stated length is refused.
     proof : function, optional
         From the request's headers to None, or to the fixed text of a refusal (401).
+    caller : bytes, optional
+        Header that says who asks, once it is proved. Nobody then has more than MOST_AT_ONCE requests under way, nor
+        bodies of more than `most_bytes` together (503): one caller can't take the memory or the connections of all.
     figures : optional
         Gets every request. Paths that are not allowed are counted under one name, so that nobody can make names.
     """
 
     def __init__(
         self, application: Application, allowed: Callable[[str], bool], most_bytes: int, *,
-        proof: Callable[[dict[bytes, bytes]], str | None] | None = None, figures: Figures | None = None,
+        proof: Callable[[dict[bytes, bytes]], str | None] | None = None, caller: bytes | None = None,
+        figures: Figures | None = None,
     ) -> None:  # fmt: skip
         self._application = application
         self._allowed = allowed
         self._most = most_bytes
-        self._proof = proof
+        self._proof, self._caller = proof, caller
+        self._under_way: dict[bytes, list[int]] = {}  # caller -> lengths of the bodies of its requests
         self._figures = figures
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,17 +76,39 @@ class Gate:
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         start, count = time.monotonic(), _Count(receive, send, self._most)
         allowed = scope["method"] == "POST" and self._allowed(scope["path"])
+        who, length = b"", 0
         try:
             refusal = self._refusal(scope, allowed)
+            if refusal is None and self._caller is not None:
+                headers = dict(scope["headers"])
+                length = int(headers[b"content-length"])
+                if self._may_begin(headers[self._caller], length):
+                    who = headers[self._caller]
+                else:
+                    refusal = 503, BUSY
             if refusal is not None:
                 await _refuse(send if self._figures is None else count.send, *refusal)
             else:
                 await self._application({**scope, GONE: count.gone}, count.receive, count.send)
         finally:
             count.close()
+            if who:
+                self._ended(who, length)
             if self._figures is not None:
                 route = scope["path"] if allowed else _OTHER
                 self._figures.request(route, count.status, count.received, count.sent, time.monotonic() - start)
+
+    def _may_begin(self, who: bytes, length: int) -> bool:
+        lengths = self._under_way.setdefault(who, [])
+        if lengths and (len(lengths) >= MOST_AT_ONCE or sum(lengths) + length > self._most):
+            return False
+        lengths.append(length)
+        return True
+
+    def _ended(self, who: bytes, length: int) -> None:
+        self._under_way[who].remove(length)
+        if not self._under_way[who]:
+            del self._under_way[who]
 
     def _refusal(self, scope: Scope, allowed: bool) -> tuple[int, str] | None:
         if not allowed or scope.get("query_string"):

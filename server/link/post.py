@@ -23,6 +23,8 @@ from fedhead.server.link.flower import (
 MOST_OBJECTS: Final = 4096  # of one message; fedhead's have fewer than ten
 
 _MOST_TRIES: Final = 3
+_NAME: Final = 64
+_MOST_OPEN: Final = 256  # messages of one node that are remembered; it has two or three at a time
 
 
 class Post:
@@ -41,7 +43,8 @@ class Post:
         self._lock = threading.Lock()
         self._fetchable: dict[int, frozenset[str]] = {}
         self._tries: dict[int, dict[str, int]] = defaultdict(dict)
-        self._brought: dict[int, dict[str, int]] = defaultdict(dict)
+        self._answers: dict[int, dict[str, dict[str, int]]] = {}  # node -> message answered -> object -> bytes
+        self._brought: dict[int, dict[str, int]] = defaultdict(dict)  # node -> those of the answer that it brings now
 
     def settle(self, node: int) -> None:
         """Deal with what a node has lost.
@@ -82,15 +85,24 @@ class Post:
             return False
         return node_of_message(self._state, metadata.reply_to_message_id) in (node, None)
 
-    def answered(self, node: int) -> None:
-        """A node begins to bring an answer."""
+    def answered(self, node: int, message: str) -> None:
+        """A node begins to bring an answer to a message, or brings more of it: what it has brought still counts."""
+        if node_of_message(self._state, message) != node:
+            return  # it isn't kept
         with self._lock:
-            self._brought[node] = {}
+            answers = self._answers.setdefault(node, {})
+            self._brought[node] = answers.setdefault(message, {})
+            while len(answers) > _MOST_OPEN:
+                del answers[next(iter(answers))]
 
     def may_bring(self, node: int, name: str, size: int) -> bool:
         """Whether an object still fits in a node's answer; the same one may come twice."""
+        if len(name) != _NAME:  # a SHA-256 in hexadecimal digits; names are kept, so long ones would fill the memory
+            return False
         with self._lock:
             brought = self._brought[node]
+            if name not in brought and len(brought) >= MOST_OBJECTS:
+                return False
             if sum(brought.values()) - brought.get(name, 0) + size > self._most:
                 return False
             brought[name] = size

@@ -18,6 +18,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from fedhead.server.link.bell import Bell, heard
 from fedhead.server.link.flower import (
     PROTOBUF_REQUEST_DEPENDENCY,
+    PUBLIC_KEY_HEADER,
     ActivateNodeRequest,
     ActivateNodeResponse,
     ConfirmMessageReceivedRequest,
@@ -83,7 +84,10 @@ def make_public(inner: FastAPI, registry: Registry, bell: Bell, most_bytes: int,
     app.state.enable_supernode_auth = True
     app.include_router(_routes(state, bell, Post(state, most_bytes)))
     app.include_router(fleet_router)  # after our own: the first route that fits is taken
-    return Gate(app, _PATHS.__contains__, most_bytes, proof=node_proof(lambda: registry.nodes), figures=figures)
+    return Gate(
+        app, _PATHS.__contains__, most_bytes, proof=node_proof(lambda: registry.nodes), caller=PUBLIC_KEY_HEADER,
+        figures=figures,
+    )  # fmt: skip
 
 
 def _whole(request: Request) -> Request:
@@ -135,7 +139,9 @@ def _routes(state: Any, bell: Bell, post: Post) -> APIRouter:
             raise HTTPException(403, NOT_YOURS)
         if sum(1 for _ in objects_of(request.message_object_trees[0])) > MOST_OBJECTS:
             raise HTTPException(413, TOO_LARGE)
-        post.answered(node)
+        if request.message_object_trees[0].object_id != request.messages_list[0].metadata.message_id:
+            raise HTTPException(403, NOT_YOURS)  # the objects of another answer could follow without end
+        post.answered(node, request.messages_list[0].metadata.reply_to_message_id)
         return fleet_handlers.push_messages(request=request, state=state)
 
     @router.post("/push-object")

@@ -10,9 +10,11 @@ under way survives in the state folder, and a server that is started again goes 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable
@@ -56,8 +58,11 @@ def serve(path: str | Path, *, on_ready: Callable[[], None] | None = None) -> No
     InputError
         A port or the state folder is in use, the certificate has ended, or Flower is another version; one line.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to read again
     server = load_server(path)
     check_flower()
+    _allow_connections()
     _check_certificate(server)
     with held_state(server):
         token, secret = kept_secret(server.token_file), kept_secret(server.secret_file)
@@ -67,8 +72,23 @@ def serve(path: str | Path, *, on_ready: Callable[[], None] | None = None) -> No
 
         with bound("address", server.address) as public, bound("control", server.control) as private:
             import_flower()
-            link = _Link(Path(path), server, token, secret)
+            link = _made(Path(path), server, token, secret)
             asyncio.run(link.run(public, private, on_ready))
+
+
+def _made(path: Path, server: ServerFile, token: str, secret: str) -> _Link:
+    """A link on the database that is there, or on a new one."""
+    from sqlalchemy.exc import DatabaseError
+
+    try:
+        return _Link(path, server, token, secret)
+    except DatabaseError as error:  # its text may be a statement with what is in it
+        raise InputError(
+            fault(
+                "state", str(server.folder), f"its {server.link_database.name} can't be used ({error.orig})",
+                "Check the space left. A damaged file may be moved away; what is under way is then lost.",
+            )
+        ) from error  # fmt: skip
 
 
 class _Link:
@@ -163,6 +183,14 @@ class _Link:
         from fedhead.common.operations.metrics import serve_metrics
 
         return serve_metrics(self.server.metrics, self.figures.registry)
+
+
+def _allow_connections() -> None:
+    """As many open files as this process may have: a stranger's idle connections count, and 1024 are soon there."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _check_certificate(server: ServerFile) -> None:

@@ -17,8 +17,9 @@ from fedhead.common.errors import FedheadError, InputError, RunError
 from fedhead.server.link.state import read_secret
 from fedhead.server.server_file import ServerFile
 from fedhead.server.submitting import flower
-from fedhead.server.submitting.waiting import LinkLost, Waiting
+from fedhead.server.submitting.waiting import LinkLost, TimeUp, Waiting
 
+_REACH_SECONDS: Final = 10.0  # for an answer of a server that is on this machine
 _RUNS: Final = 20  # that are listed; nobody has more of them unfinished
 _START_AGAIN: Final = 'Start "fedhead serve" again, then go on with "fedhead submit --resume".'
 
@@ -177,6 +178,26 @@ def secret(server: ServerFile, path: Path) -> str:
         raise InputError(
             f"{path} can't be read ({error.strerror}). Run this as the user that the server runs as."
         ) from error
+
+
+def reach(server: ServerFile) -> None:
+    """See that the server runs and takes this file's token, before anything slow is done for a run.
+
+    Raises
+    ------
+    RunError
+        It doesn't run, or doesn't answer.
+    InputError
+        The server's files can't be used, or belong to another server.
+    """
+    commands = Commands(server, 0.0)
+    try:
+        with commands.waiting.within(_REACH_SECONDS):
+            commands.runs()
+    except TimeUp:
+        raise RunError(not_running(server)) from None
+    finally:
+        commands.close()
 
 
 def not_running(server: ServerFile) -> str:

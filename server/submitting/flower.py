@@ -9,6 +9,8 @@ Nothing outside of this file imports a part of Flower that its documentation doe
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -25,7 +27,7 @@ from fedhead.server.submitting.waiting import REQUEST_SECONDS, Waiting
 
 check_flower()
 try:
-    from flwr.app import Error, Message, Metadata
+    from flwr.app import Array, Error, Message, Metadata
     from flwr.app.message import make_message, remove_content_from_message
     from flwr.cli.build import build_fab_from_files
     from flwr.common.constant import HEARTBEAT_PATIENCE, SUPERLINK_NODE_ID, ErrorCode, Status, SubStatus
@@ -55,6 +57,8 @@ try:
     from flwr.supercore.inflatable.inflatable_object import (
         InflatableObject,
         get_all_nested_objects,
+        get_object_body,
+        get_object_head_values_from_object_content,
         get_object_tree,
         iterate_object_tree,
         no_object_id_recompute,
@@ -264,19 +268,32 @@ def object_ids(tree: ObjectTree) -> list[str]:
     return list(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))
 
 
-def unpacked(envelope: MessageProto, contents: dict[str, bytes]) -> Message | None:
-    """A reply from its objects; None for one that isn't what its envelope says.
+def unpacked(envelope: MessageProto, contents: dict[str, bytes], largest: float = math.inf) -> Message | None:
+    """A reply from its objects; None for one that isn't what its envelope says, or is larger than `largest` bytes.
 
     The server has checked the envelope: who sent it, and what it replies to. The objects are the sender's own, with
     a second copy of both; a sender that writes another's number there must not be taken for the other.
     """
     outer = message_from_proto(envelope).metadata
     with suppress(Exception):  # whatever is wrong with it: a sender's bytes must not end the run
+        if _inflated(contents) > largest:
+            return None
         found = inflate_object_from_contents(outer.message_id, contents)
         if isinstance(found, Message) and _identity(found.metadata) == _identity(outer):
             found.metadata.__dict__["_message_id"] = outer.message_id
             return found
     return None
+
+
+def _inflated(contents: Mapping[str, bytes]) -> int:
+    """Bytes that all arrays of a reply take: one may name a chunk any number of times, though it travelled once."""
+    total = 0
+    for content in contents.values():
+        kind, children, _ = get_object_head_values_from_object_content(content)
+        if kind == Array.__name__:
+            chunks = json.loads(get_object_body(content, Array))["arraychunk_ids"]
+            total += sum(len(contents[children[index]]) for index in chunks)
+    return total
 
 
 def _identity(metadata: Metadata) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ be uploading. Several replies are fetched side by side, so that one slow sender 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
 from flwr.app import Message, RecordDict
@@ -46,11 +46,11 @@ class _Arriving:
     def complete(self) -> bool:
         return not self.missing or bool(self.lost)
 
-    def message(self) -> Message:
+    def message(self, largest: int) -> Message:
         """The reply, or an error with a fixed text in its place."""
         if self.lost:
             return flower.unavailable(self.envelope, self.lost)
-        found = flower.unpacked(self.envelope, self.contents)
+        found = flower.unpacked(self.envelope, self.contents, largest)
         return found or flower.unavailable(self.envelope, "the reply is not what its envelope says")
 
 
@@ -143,7 +143,7 @@ class DeployedGrid(Grid):
         ttl, whose objects its sender never uploaded, or which is not what its envelope says.
         """
         wanted = {message for message in message_ids if message}
-        self._forget()
+        self._forget(wanted)
         asked = sorted(wanted - set(self._arriving))
         if asked:
             answer = self._client.PullMessages(flower.PullAppMessagesRequest(message_ids=asked))
@@ -255,7 +255,7 @@ class DeployedGrid(Grid):
 
     def _take(self, reply: _Arriving) -> Message:
         """Give a complete reply out, and have the server free its space."""
-        message = reply.message()
+        message = reply.message(self._largest)
         outer = reply.envelope.metadata
         self._client.ConfirmMessageReceived(
             flower.ConfirmMessageReceivedRequest(
@@ -265,11 +265,14 @@ class DeployedGrid(Grid):
         del self._arriving[outer.reply_to_message_id]
         return message
 
-    def _forget(self) -> None:
-        """Drop replies that nobody has asked for in an hour."""
-        now = time.monotonic()
-        for message, reply in list(self._arriving.items()):
-            if now - reply.since > _FORGOTTEN_SECONDS:
+    def _forget(self, wanted: Collection[str]) -> None:
+        """Drop replies that nobody asks for: those of an hour ago, and the oldest while they take too much memory."""
+        idle = [message for message in self._arriving if message not in wanted]  # oldest first
+        size = sum(self._arriving[message].size for message in idle)
+        for message in idle:
+            reply = self._arriving[message]
+            if size > self._largest or time.monotonic() - reply.since > _FORGOTTEN_SECONDS:
+                size -= reply.size
                 del self._arriving[message]
 
 

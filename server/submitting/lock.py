@@ -51,6 +51,10 @@ class SubmitLock:
             os.ftruncate(self._handle, 0)
             os.pwrite(self._handle, f"{os.getpid()}\n".encode(), 0)
 
+    def close(self) -> None:
+        """As `release`."""
+        self.release()
+
     def release(self) -> None:
         """Give it back; more than once does nothing."""
         if self._handle >= 0:

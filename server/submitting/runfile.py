@@ -41,6 +41,11 @@ class RunFile:
             "metrics": None,
         }  # fmt: skip
 
+    @property
+    def begun(self) -> bool:
+        """Whether the run has told of itself, which it does from its first checkpoint on."""
+        return self._said["run"] is not None
+
     def tell(
         self,
         state: State,

@@ -46,6 +46,8 @@ class Session:
         As `to_json` writes it; goes to every holder's node.
     patience : float, > 0
         Seconds for which the server may be away.
+    lock : SubmitLock, optional
+        Of this server, where the caller has it and will give it back; left out, the session takes its own.
 
     Attributes
     ----------
@@ -67,17 +69,20 @@ class Session:
     stopped first.
     """
 
-    def __init__(self, server: ServerFile, recipe: str, patience: float = 600.0) -> None:
+    def __init__(
+        self, server: ServerFile, recipe: str, patience: float = 600.0, lock: SubmitLock | None = None
+    ) -> None:
         self._closed, self.flower_run = False, 0
         self._server, self._names = server, {key: name for name, key in server.public_pems().items()}
         if not server.folder.is_dir():
             raise RunError(not_running(server))
-        self._lock = SubmitLock(server.submit_lock)
+        self._lock = SubmitLock(server.submit_lock) if lock is None else None
         try:
             self._start(recipe, patience)
         except BaseException:
             self._abandon()
-            self._lock.release()
+            if self._lock is not None:
+                self._lock.release()
             raise
 
     def registered(self) -> list[Registered]:
@@ -86,8 +91,12 @@ class Session:
         Raises
         ------
         LinkLost
-            The server was away for longer than the session's patience.
+            The server was away for longer than the session's patience, or has given the run up.
+        Stopped
+            Somebody stopped the run.
         """
+        # The list itself would still be given to a run that was stopped, and a wait for holders would go on.
+        self.grid.get_node_ids()
         found = [(self._names.get(one.key), one) for one in self._commands.nodes()]
         return [Registered(one.node, name, one.online) for name, one in found if name is not None]
 
@@ -115,7 +124,9 @@ class Session:
                     commands.state_of(self.flower_run)
         finally:
             self._client.close()
-            self._lock.release()
+            self._commands.close()
+            if self._lock is not None:
+                self._lock.release()
 
     def __enter__(self) -> Session:
         return self

@@ -7,6 +7,7 @@ bytes that they kept, and spend nothing again.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Final
 
 from fedhead.common import progress
 from fedhead.common.config import RunConfig, to_json
+from fedhead.common.errors import RunError
 from fedhead.common.models.saved import save_model
 from fedhead.common.results import Result
 from fedhead.server.app import Coordinator, Deployed, Outcome
@@ -24,6 +26,8 @@ from fedhead.server.desk import Desk, prepare_deployed
 from fedhead.server.roster import Callers
 from fedhead.server.rounds import RoundRecord, Rounds
 from fedhead.server.server_file import ServerFile
+from fedhead.server.submitting.commands import not_running
+from fedhead.server.submitting.lock import SubmitLock
 from fedhead.server.submitting.notes import notes_of
 from fedhead.server.submitting.runfile import RunFile
 from fedhead.server.submitting.session import LinkLost, Session, Stopped
@@ -70,32 +74,45 @@ def submit(
     InputError
         The recipe's test records or backbone, or the link's files, can't be used.
     RunError
-        The run could not go on, or was stopped; its checkpoint is kept.
+        Another run is under way, or this one could not go on, or was stopped; its checkpoint is kept.
     """
     started, key = time.perf_counter(), to_json(config)
     resumed = Checkpoint.read(folder, key) if resume else None
     told = RunFile(server.run_file, name, folder, config.training.rounds, server.least_holders)
     logging.getLogger("flwr").setLevel(logging.ERROR)  # it narrates every round, which is done here in a line
-    with progress.listening(progress_listener), told:
+    earlier = 0.0 if resumed is None else sum(record.seconds for record in resumed.history)
+    if not server.folder.is_dir():
+        raise RunError(not_running(server))
+    # The lock first: whoever has it is the run that run.json tells of, from its preparation on.
+    with progress.listening(progress_listener), contextlib.closing(SubmitLock(server.submit_lock)) as lock, told:
         desk = prepare_deployed(config)
-        outcome = _hold(desk, server, key, folder, resumed, told)
+        outcome = _hold(desk, server, key, folder, resumed, told, lock)
         total = desk.timing.get("load_seconds", 0.0)
         result = replace(
             outcome.result,
             name=name,
-            timing={**outcome.result.timing, "total_seconds": time.perf_counter() - started - total},
+            timing={**outcome.result.timing, "total_seconds": earlier + time.perf_counter() - started - total},
             notes=notes_of(config, outcome.result),
         )
-        result = result.write(folder)
+        # A folder with a result.json is taken for a whole run, which can't be resumed: it comes last.
         save_model(folder / "model", desk.trainable, desk.config, desk.backbone, desk.task)
-    return result
+        return result.write(folder)
 
 
-def _hold(desk: Desk, server: ServerFile, key: str, folder: Path, resumed: Checkpoint | None, told: RunFile) -> Outcome:
+def _hold(
+    desk: Desk,
+    server: ServerFile,
+    key: str,
+    folder: Path,
+    resumed: Checkpoint | None,
+    told: RunFile,
+    lock: SubmitLock,
+) -> Outcome:
     """Hold the rounds, over as many Flower runs as it takes."""
     for start in range(1, STARTS + 1):
         try:
-            with Session(server, key) as session:
+            # where the recipe lies on this machine is not for the holders to know
+            with Session(server, to_json(desk.config, base=False), lock=lock) as session:
                 outcome = _coordinator(desk, server, key, folder, resumed, told, session).run()
                 session.close("completed")
                 return outcome
@@ -105,7 +122,8 @@ def _hold(desk: Desk, server: ServerFile, key: str, folder: Path, resumed: Check
             if start == STARTS:
                 raise
             log.warning("%s Starting again from the last checkpoint.", error)
-            resumed = Checkpoint.read(folder, key) or resumed
+            if told.begun:  # before that, a checkpoint in the folder is of another run
+                resumed = Checkpoint.read(folder, key)
     raise AssertionError("unreachable")
 
 

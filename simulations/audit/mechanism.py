@@ -22,11 +22,12 @@ from typing import Any, Final
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from fedhead.client.auditing.canaries import Canaries, craft
+from fedhead.client.auditing.canaries import Canaries
 from fedhead.client.auditing.contributions import largest_contribution
-from fedhead.client.auditing.exactness import largest_difference
+from fedhead.client.auditing.exactness import largest, largest_difference
 from fedhead.client.auditing.exchange import exchange
 from fedhead.client.auditing.experiment import Observations, observe
+from fedhead.client.auditing.planted import PlantedCanaries
 from fedhead.client.auditing.setup import Setup
 from fedhead.common import progress
 from fedhead.common.config import RunConfig, find_recipe
@@ -43,8 +44,12 @@ from fedhead.simulations.audit.subject import (
     Subject,
     canaries_for,
     check_seed,
+    crafted,
+    crafted_records,
     make_subject,
+    most_canaries,
     refusals,
+    takes_records,
     why_not,
 )
 from fedhead.simulations.faults import plainly
@@ -76,7 +81,9 @@ def audit_mechanism(
     ----------
     recipe : RunConfig, str or path
     canaries : int, optional
-        Planted records, or persons; default and most: as many as there are features.
+        Planted records, or persons. In closed form, of a linear head: crafted feature vectors, as many as there are
+        features, which is also the most. Elsewhere crafted gradients: 512 by default, at most as many as trained
+        linear layers have weights.
     records : int
         Real records, or persons, that the canaries hide among; from the recipe's data.
     seed : int, optional
@@ -113,34 +120,31 @@ def audit_mechanism(
     with progress.listening(progress_listener), plainly(config, HoldersLog(Path(os.devnull))):
         subject = make_subject(config, records, seed, default_cache() if cache is None else cache)
         generator = np.random.default_rng(seed)
-        crafted = canaries_for(subject, canaries, generator)
+        planted = canaries_for(subject, canaries, generator)
         # one thread: thousands of small operations, in which several threads mostly wait for each other
         with refusals(), threads(True):
-            seen = _look(subject, crafted, generator, seed)
+            seen = _look(subject, planted, generator, seed)
     bounds, checks = verdicts(subject, seen)
     return {
-        **described(subject, crafted, seen.main, name or "recipe"),
+        **described(subject, planted, seen.main, name or "recipe"),
         "bounds": [bound.to_dict() for bound in bounds],
         "checks": [check.to_dict() for check in checks],
         "false_alarms": FALSE_ALARMS,
         "passed": all_passed(checks),
         "seconds": time.perf_counter() - started,
         "residuals": pictured(seen.main),
-        "notes": notes(subject, config, crafted, seen.main, seed),
+        "notes": notes(subject, config, planted, seen.main, seed),
         "seeded": seed is not None,
     }
 
 
-def _look(subject: Subject, crafted: Canaries, generator: np.random.Generator, seed: int | None) -> Seen:
+def _look(
+    subject: Subject, canaries: Canaries | PlantedCanaries, generator: np.random.Generator, seed: int | None
+) -> Seen:
     """Everything that is run."""
     real = subject.real
-    setup = _setup(subject, real, crafted, generator)
+    setup = _setup(subject, real, canaries, generator)
     main = observe(setup, subject.rounds)
-    if not main.signal > 0:
-        raise NotAudited(
-            f'model.head.kind is "{subject.config.model.head.kind}": no canary has a gradient in it that is a number '
-            "other than 0, so the audit would see nothing. Check what it gives for a feature vector with one entry."
-        )
 
     def quick(number: int) -> Streams:
         # next to no noise is drawn in these, hundreds of times: OpenDP's would take most of the audit's time
@@ -148,6 +152,10 @@ def _look(subject: Subject, crafted: Canaries, generator: np.random.Generator, s
 
     quiet = replace(setup, streams_for=quick)
     moved, exact = largest_contribution(quiet), largest_difference(quiet)
+    if subject.planted and takes_records(subject):
+        # through the whole of the model as well, under heads that make their gradients long
+        records = crafted_records(subject, real.features.shape[-1], generator)
+        exact = largest([exact, largest_difference(replace(quiet, canaries=records))])
     few = {number: _few(subject, number, generator) for number in FEW if number < len(real)}
     with tempfile.TemporaryDirectory(prefix="fedhead-") as folder:
         data = [real, real.slice(0, 1 + len(real) // 2)]
@@ -157,28 +165,24 @@ def _look(subject: Subject, crafted: Canaries, generator: np.random.Generator, s
 
 def _few(subject: Subject, number: int, generator: np.random.Generator) -> FloatArray:
     """Residuals of some rounds on few records and as few canaries."""
-    width, config = subject.real.features.values.shape[-1], subject.config
-    crafted = craft(
-        min(2, width), width, subject.task.outputs, normalize=config.model.features.normalize,
-        clipping_norm=subject.plan.clipping_norm,
-        records_per_person=config.privacy.records_per_person if config.privacy.unit == "person" else None,
-        generator=generator,
-    )  # fmt: skip
+    canaries = crafted(subject, min(2, most_canaries(subject)), generator)
     numbers = sum(p.numel() for p in subject.make().trained().values()) * subject.plan.local_steps
     rounds = min(50, math.ceil(VALUES / numbers))
     some = subject.real.slice(0, number)
-    setup = _setup(subject, some, crafted, generator)
+    setup = _setup(subject, some, canaries, generator)
     found = observe(replace(setup, streams_for=lambda round: subject.streams(10_000 * number + round)), rounds)
     return found.residuals
 
 
-def _setup(subject: Subject, real: Labelled, crafted: Canaries, generator: np.random.Generator) -> Setup:
+def _setup(
+    subject: Subject, real: Labelled, canaries: Canaries | PlantedCanaries, generator: np.random.Generator
+) -> Setup:
     return Setup(
-        subject.make, subject.task, real.features, real.targets, subject.plan, subject.streams, crafted, generator
+        subject.make, subject.task, real.features, real.targets, subject.plan, subject.streams, canaries, generator
     )
 
 
-def described(subject: Subject, crafted: Canaries, seen: Observations, name: str) -> dict[str, Any]:
+def described(subject: Subject, canaries: Canaries | PlantedCanaries, seen: Observations, name: str) -> dict[str, Any]:
     """What was audited, for JSON."""
     config, plan = subject.config, subject.plan
     spent = epsilon(subject.events, config.privacy.delta)
@@ -189,9 +193,12 @@ def described(subject: Subject, crafted: Canaries, seen: Observations, name: str
         "adjacency": f"add or remove one {config.privacy.unit}",
         "mechanism": plan.mechanism,
         "head": config.model.head.kind,
-        "features": crafted.features,
+        "unfrozen": config.model.unfreeze,
+        "features": subject.width,
         "outputs": subject.task.outputs,
-        "canaries": len(crafted),
+        "canaries": len(canaries),
+        "canary_kind": "gradients" if subject.planted else "records",
+        "most_canaries": most_canaries(subject),
         "records": seen.records,
         "rounds": subject.rounds,
         "steps": subject.rounds * plan.local_steps,
@@ -219,10 +226,26 @@ def pictured(seen: Observations) -> dict[str, Any]:
     }
 
 
-def notes(subject: Subject, config: RunConfig, crafted: Canaries, seen: Observations, seed: int | None) -> list[str]:
+def notes(
+    subject: Subject,
+    config: RunConfig,
+    canaries: Canaries | PlantedCanaries,
+    seen: Observations,
+    seed: int | None,
+) -> list[str]:
     """What a reader of the figures must know."""
+    what = "a trained number of a linear layer" if subject.planted else "a feature"
     found = [
-        f"{len(crafted)} of at most {crafted.features} canaries: each takes a feature for itself.",
+        f"{len(canaries)} of at most {most_canaries(subject)} canaries: each takes {what} for itself.",
+    ]
+    if isinstance(canaries, PlantedCanaries):
+        layers = sum((canaries.layer == i).any() for i in range(len(canaries.layers)))
+        found.append(
+            f"A canary is a crafted gradient, put where production captures that of a record, in {layers} linear "
+            "layers. Clipping, sum, noise and what leaves see it as any other; the model's own way from a record to "
+            "its gradient is held to the reference on real records."
+        )
+    found += [
         f"What scores see of a canary is {seen.signal:.0%} of the squared clipping norm; the rest is in the bias or in "
         "other layers, which all canaries share, or the gradient is shorter. Lower bounds are lower by that.",
         f"Noise that is off by {300 / math.sqrt(seen.residuals.size):.2g} % of its deviation in all places would show.",
@@ -234,10 +257,10 @@ def notes(subject: Subject, config: RunConfig, crafted: Canaries, seen: Observat
     if subject.rounds < most_asked(config):
         found.append(
             f"{subject.rounds} of the run's {most_asked(config)} rounds were audited, and the claim is for those: more "
-            "would not fit in memory."
+            "would take too much memory or time."
         )
     if getattr(config.model.head, "dropout", 0.0):
-        found.append("The head was audited without its dropout.")
+        found.append("What one unit moves was measured without the head's dropout; everything else with it.")
     if seed is not None:
         found.append("Noise came from a seed, as in a simulation: for whoever knows the seed, epsilon is infinite.")
     return found

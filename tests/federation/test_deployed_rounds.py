@@ -9,8 +9,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedhead.client import app as client_app
 from fedhead.common.config import changed, make_config, to_json
+from fedhead.common.errors import RunError
 from fedhead.common.privacy.ledger import Ledger
-from fedhead.server import app as server_app
 from fedhead.server import checkpoints
 from fedhead.server.app import Coordinator, Deployed
 from fedhead.server.checkpoints import Checkpoint
@@ -165,10 +165,19 @@ def test_a_holder_that_is_gone_for_a_round_does_not_stop_the_run(federation, tmp
     assert {row["holder"] for row in outcome.result.privacy} == {"north"}  # nothing was asked of the other
 
 
-def test_fewer_updates_than_wanted_leave_the_head(federation, tmp_path, monkeypatch):
+def test_who_is_away_when_a_run_goes_on_may_have_spent_the_round_under_way(federation, tmp_path):
+    link, outcome = federation(tmp_path / "out", die_at=16)  # both have answered the second round
+    assert (len(link.trained), outcome) == (4, None)
+    _, outcome = federation(tmp_path / "out", resume=True, least=1, down=["south"])
+    said = {row["holder"]: [event["round"] for event in row["events"]] for row in outcome.result.privacy}
+    assert said == {"north": [1, 2, 3], "south": [1, 2]}
+    assert [number for kind, _, number in rows(federation.holders["south"]) if kind == "reserve"] == [1, 2]
+
+
+def test_too_few_updates_leave_the_head_and_end_the_run_before_more_is_spent(federation, tmp_path, monkeypatch):
     south = federation.holders["south"]
     south.file.write_text(south.file.read_text().replace("[limits]", "[limits]\nclipping_norm_max = 0.001"))
-    monkeypatch.setattr(server_app, "HELLO_SECONDS", 1.0)
-    _, outcome = federation(tmp_path / "out", least=2)
-    assert [row["holders"] for row in outcome.result.rounds] == [1] * ROUNDS
-    assert all((value == 0).all() for value in outcome.head.values())
+    with pytest.raises(RunError, match="round 1 got 1 of at least 2 updates"):
+        federation(tmp_path / "out", least=2)
+    kinds = [kind for kind, *_ in rows(federation.holders["north"])]
+    assert (kinds.count("reserve"), kinds.count("release")) == (1, 1)

@@ -1,13 +1,18 @@
 """A deployed holder and time: what is over is refused and costs nothing, and an answer doesn't leave too soon."""
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from fedhead.client import app as client_app
 from fedhead.client import timing
 from fedhead.common import protocol, refusals
+from fedhead.common.config import to_json
 from fedhead.common.privacy.events import NoPrivacyEvent, from_json
+from fedhead.common.privacy.ledger import Ledger
 
 
 def test_a_round_that_is_over_is_refused_before_anything_is_spent(deployed):
@@ -81,3 +86,36 @@ def test_a_release_with_seeded_noise_says_that_it_has_no_privacy(deployed):
     own = deployed()
     _, event = protocol.read_release(own.ask(seed=7))
     assert not isinstance(from_json(event), NoPrivacyEvent)
+
+
+def test_a_round_without_end_ends_the_process_and_stays_spent(deployed):
+    """100,000 steps at next to no charge would hold the holder from honest rounds for hours."""
+    holder = deployed(limits="round_seconds = 0.5")
+    script = (
+        "import runpy, sys\n"
+        "bench = runpy.run_path(sys.argv[1])['Deployed']\n"
+        "from pathlib import Path\n"
+        "class Same(bench):\n"
+        "    def __init__(self, folder, config, backbone):\n"
+        "        self.folder, self.file = folder, folder / 'holder.toml'\n"
+        "        self.config, self.backbone = config, backbone\n"
+        "from fedhead.common.config import from_json\n"
+        "one = Same(Path(sys.argv[2]), from_json(sys.argv[3]), sys.argv[4])\n"
+        "one.ask(round=1, local_steps=100_000, plan_steps=100_000, noise_multiplier=2.0**24, learning_rate=1e-9)\n"
+        "print('answered')\n"
+    )
+    arguments = [
+        str(Path(__file__).parent / "conftest.py"),
+        str(holder.folder),
+        to_json(holder.config),
+        holder.backbone,
+    ]
+    ended = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert "answered" not in ended.stdout
+    assert "a round took longer than limits.round_seconds" in ended.stderr
+    with Ledger(holder.ledger) as ledger:
+        assert [one.kind for one in ledger.entries()][-1] == "reserve"  # and nothing was released
+    assert not holder.ask(run="honest").has_error()

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from fedhead.client import admission, app, gradients
-from fedhead.client.gradients import ClosedForm
+from fedhead.client import admission, app, gradients, hooked
+from fedhead.client.gradients import ClosedForm, GradientPath
 from fedhead.client.training import Trainer
 from fedhead.client.workplace import Workplace
 from fedhead.common.privacy import noise
@@ -18,6 +18,8 @@ from fedhead.common.privacy.secure import LatticeNoise
 MANY = {
     "privacy.mechanism": "poisson", "privacy.sample_rate": 0.2, "training.local_steps": 8, "training.rounds": 40
 }  # fmt: skip
+DROPPING = {"model.head": {"kind": "mlp", "hidden": [24], "dropout": 0.2}, "training.rounds": 8}
+"""No closed form: canaries are planted gradients."""
 POISSON = {"privacy.mechanism": "poisson", "privacy.sample_rate": 0.1, "training.local_steps": 4, "training.rounds": 12}
 
 
@@ -103,6 +105,32 @@ def clipping_a_batch_at_a_time(monkeypatch):
         return whole * factor, None if bias is None else of_bias * factor
 
     monkeypatch.setattr(gradients, "linear_softmax_clipped_sum", clipped)
+
+
+def clipping_norm_half_as_much_again_on_any_path(monkeypatch):
+    _wrapped(
+        monkeypatch, GradientPath, "begin",
+        lambda real, self, features, targets, norm: real(self, features, targets, 1.5 * norm),
+    )  # fmt: skip
+
+
+def clipping_a_batch_by_its_mean_norm(monkeypatch):
+    monkeypatch.setattr(
+        hooked, "clip_factors", lambda norms, norm: torch.ones_like(norms) * (norm / norms.mean()).clamp(max=1)
+    )
+
+
+def a_layer_left_out_of_the_norm(monkeypatch):
+    """The last layer's weight, which is the smallest."""
+
+    def norms(layer, activations, backprops):
+        found = hooked.linear_norms(layer, activations, backprops)
+        if layer.out_features == 10:
+            found[layer.weight] = torch.zeros_like(found[layer.weight])
+        return found
+
+    samplers = {**hooked._GhostHooks.NORM_SAMPLERS, torch.nn.Linear: norms}
+    monkeypatch.setattr(hooked._GhostHooks, "NORM_SAMPLERS", samplers)
 
 
 def sampling_twice_as_often(monkeypatch):
@@ -284,4 +312,23 @@ MECHANISM_MUTANTS = [
     Mutant("charged at twice the noise", charged_at_twice_the_noise, "exchange-charged", "charged with", {}),
     Mutant("floats instead of the lattice", floats_instead_of_the_lattice, "lattice", "between the steps", {}, None),
     Mutant("noise reused in a retried round", noise_used_again_in_a_retried_round, "retry", "again", {}, None),
+    *(
+        Mutant(f"mlp with dropout: {name}", plant, caught_by, says, DROPPING, seed)
+        for name, plant, caught_by, says, seed in (
+            ("no noise", no_noise, "total-variance", "noise", 7),
+            ("noise halved", noise_halved, "total-variance", "noise", 7),
+            ("noise missing on biases", noise_missing_on_the_bias, "group-variance", "bias", 7),
+            ("the same noise every step", same_noise_every_step, "repeated-steps", "noise", 7),
+            (
+                "clipping norm 1.5 times",
+                clipping_norm_half_as_much_again_on_any_path,
+                "largest-contribution",
+                "clip",
+                7,
+            ),
+            ("clipping per batch", clipping_a_batch_by_its_mean_norm, "exact-sums", "mixed with others", 7),
+            ("a layer left out of the norm", a_layer_left_out_of_the_norm, "largest-contribution", "clip", 7),
+            ("noise reused in a retry", noise_used_again_in_a_retried_round, "retry", "again", None),
+        )
+    ),
 ]

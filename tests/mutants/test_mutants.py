@@ -11,7 +11,8 @@ import pytest
 from fedhead.simulations.audit.mechanism import audit_mechanism
 
 HERE = Path(__file__).parent
-MUTANTS = runpy.run_path(str(HERE / "mechanism_mutants.py"))["MECHANISM_MUTANTS"]
+SOURCE = runpy.run_path(str(HERE / "mechanism_mutants.py"))
+MUTANTS = SOURCE["MECHANISM_MUTANTS"]
 RECIPE = {"privacy.epsilon": 5.0, "training.rounds": 40}
 
 
@@ -35,7 +36,7 @@ def test_the_mechanism_audit_catches(mutant, tiny, monkeypatch, record_property)
     record_property("mutant", [mutant.name, "mechanism audit", check["title"], check["figure"]])
 
 
-@pytest.mark.parametrize("changes", [{}, runpy.run_path(str(HERE / "mechanism_mutants.py"))["POISSON"]], ids=str)
+@pytest.mark.parametrize("changes", [{}, SOURCE["POISSON"], SOURCE["DROPPING"]], ids=str)
 def test_the_unmutated_path_passes(changes, tiny):
     found = audited(tiny, changes, 7)
     assert found["passed"], failures(found)

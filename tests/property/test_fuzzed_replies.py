@@ -52,7 +52,7 @@ NODES = {name: 10 + number for number, name in enumerate(NAMES)}
 LIKE = {"w": torch.zeros(3, 2), "b": torch.zeros(3)}
 NOISE, DECLARED = 20.0, 300
 COUNTED = CountEvent(20.0, 1.0, 1)
-FIXED = {*TEXTS.values(), "no update arrived", "the update can't be used", "no reply in time"}
+FIXED = {*TEXTS.values(), "no update arrived", "the update can't be used", "no reply arrived"}
 
 
 class Reply(NamedTuple):

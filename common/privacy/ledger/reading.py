@@ -81,6 +81,11 @@ class DomainSummary:
     left: Left | None
     runs: tuple[RunSummary, ...]
 
+    @property
+    def given_away(self) -> bool:
+        """Whether a deployed holder let a seed that arrived draw its noise: the sender can take it off again."""
+        return not self.seeded and any("seeded" in source for source in self.noise)
+
 
 # One look-up a row, because the table is sorted by sequence first; a row that is missing is left out.
 _CHAIN: Final = (

@@ -14,16 +14,20 @@ def broken(features, outputs):
     raise ValueError("a private record")
 def normed(features, outputs):
     return nn.Sequential(nn.LayerNorm(features), nn.Linear(features, outputs))
+class Scaled(nn.LayerNorm):
+    def __init__(self, features, outputs):
+        super().__init__(features)
+        self.outputs = outputs
+    def forward(self, x):
+        return super().forward(x)[..., : self.outputs]
+def net():
+    return nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 6), nn.Tanh())
+def unplanted(features, outputs):
+    return nn.Sequential(Scaled(features, outputs))
 class Loud(nn.Linear):
     def forward(self, x):
         print("LOUD")
         return super().forward(x)
-class Blind(nn.Module):
-    def __init__(self, features, outputs):
-        super().__init__()
-        self.only = nn.Linear(features, outputs)
-    def forward(self, x):
-        return self.only(x) * 0.0
 """
 FEATURES = 12
 HEAD = "model.head.kind=module:fedhead_audit_own:"

@@ -99,13 +99,13 @@ def test_what_a_module_prints_goes_to_stderr(audit, here):
 
 def test_a_head_that_canaries_cannot_reach_leaves_a_page_of_the_ledgers(audit, here):
     result = json.loads((here / "run/result.json").read_text())
-    result["config"]["model"]["head"] = {"kind": "module:fedhead_audit_own:normed"}
+    result["config"]["model"]["head"] = {"kind": "module:fedhead_audit_own:unplanted"}
     (here / "run/result.json").write_text(json.dumps(result))
     status, out, _ = audit("report", "run", "--json")
     found = strict(out)
     assert (status, found["mechanism"], found["ledger"]["passed"]) == (0, None, True)
-    assert "its first layer must be a trained linear layer" in found["why_not"]["mechanism"]
-    assert "its first layer must be a trained linear layer" in (here / "run/audit.html").read_text()
+    assert "planted in trained linear layers, and it has none" in found["why_not"]["mechanism"]
+    assert "planted in trained linear layers, and it has none" in (here / "run/audit.html").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------------- findings

@@ -57,8 +57,12 @@ def test_text_has_time_level_message_and_fields():
 
 
 def test_text_is_for_people():
-    shown = TextLines().format(record("a round was released", event="round", code=None, seconds=0.0861234, good=True))
-    assert shown == "2027-01-15T08:00:00Z INFO a round was released seconds=0.08612 good=True"
+    assert TextLines().format(record("prepared", code=None, seconds=0.0861234, good=True)) == (
+        "2027-01-15T08:00:00Z INFO prepared seconds=0.08612 good=True"
+    )
+    told = record("round 3 released after 0.09 s", event="round", round=3, seconds=0.0861234)
+    assert TextLines().format(told) == "2027-01-15T08:00:00Z INFO round 3 released after 0.09 s"
+    assert json.loads(JsonLines("client").format(told))["seconds"] == 0.0861234
 
 
 def test_json_has_time_side_level_logger_message_and_fields():

@@ -6,7 +6,7 @@ import pytest
 from flwr.app import Error, Message
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedhead.common import protocol
+from fedhead.common import progress, protocol
 from fedhead.common.errors import RunError
 from fedhead.common.refusals import NOT_READY, refusal
 from fedhead.server import roster as module
@@ -203,3 +203,14 @@ def test_an_error_of_the_link_itself_is_no_presence(link, monkeypatch):
 
     monkeypatch.setattr(link, "pull_messages", unavailable)
     assert roster.present(list(NODES)) == {"north": 11}
+
+
+def test_the_bar_of_holders_is_full_when_the_run_begins(link):
+    told = []
+    with progress.listening(lambda *said: told.append(said)):
+        ours = callers(link, least=2)
+        assert len(ours.present(["north", "south"])) == 2
+        assert told[-1][:3] == ("holders", 2, 2)
+        seen = len(told)
+        ours.present(["north", "south"])
+    assert len(told) == seen  # nobody is waited for in later rounds

@@ -149,16 +149,23 @@ def test_an_answer_must_be_the_nodes_own_to_a_message_for_it(state, run, nodes):
     assert post.may_answer(nodes[0], answer(nodes[0], "0" * 64))  # to nothing: Flower drops it
 
 
-def test_an_answer_has_a_largest_size_in_all(state):
+def test_an_answer_has_a_largest_size_in_all(state, run, nodes):
     post = Post(state, 100)
-    post.answered(7)
-    assert post.may_bring(7, "a", 60)
-    assert not post.may_bring(7, "b", 41)
-    assert post.may_bring(7, "a", 60)  # brought again after a cut
-    assert post.may_bring(7, "b", 40)
-    assert post.may_bring(8, "a", 100)
-    post.answered(7)
-    assert post.may_bring(7, "c", 100)
+    (node, other), a, b, c = nodes, "a" * 64, "b" * 64, "c" * 64
+    first, second = (BENCH.send(state, run, node, text=text).metadata.message_id for text in "12")
+    post.answered(node, first)
+    assert post.may_bring(node, a, 60)
+    assert not post.may_bring(node, b, 41)
+    assert post.may_bring(node, a, 60)  # brought again after a cut
+    assert post.may_bring(node, b, 40)
+    assert post.may_bring(other, a, 100)
+    for message in (first, "0" * 64):  # said again, or of no message
+        post.answered(node, message)
+        assert not post.may_bring(node, c, 1)
+    post.answered(node, second)
+    assert post.may_bring(node, c, 100)
+    post.answered(node, first)
+    assert not post.may_bring(node, c, 1)
 
 
 def test_an_open_message_shows_its_id(state, run, nodes):

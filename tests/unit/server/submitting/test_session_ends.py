@@ -17,6 +17,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.run_pb2 import Run, RunStatus
 from flwr.proto.runtime_pb2 import (
     AcquireTaskResponse,
+    GetNodesResponse,
     PullTaskInputResponse,
     PushTaskOutputRequest,
     PushTaskOutputResponse,
@@ -52,6 +53,7 @@ class FakeControl:
                 "/v1/runtime/acquire-task": self.acquire,
                 "/v1/runtime/pull-task-input": self.pull_input,
                 OUTPUT: self.push_output,
+                NODES: GetNodesResponse().SerializeToString(),
                 BEAT: SendTaskHeartbeatResponse(success=True).SerializeToString(),
             }
         )

@@ -37,3 +37,4 @@ bench:
     python benchmarks/round.py
     python benchmarks/holders.py
     python benchmarks/ledger.py
+    python benchmarks/exchange.py

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from fedhead.client.gradients import ClosedForm
 from fedhead.client.hooked import Ghost
@@ -93,17 +92,15 @@ class MeanOfNorms(ClosedForm):
 class FirstNorm(Ghost):
     """Twin: the norm of the longest record for that of the sum, as hooks give that don't know of sequences."""
 
-    def _hang(self):
-        from fedhead.client import hooked
-
-        class Longest(hooked._GhostHooks):
-            NORM_SAMPLERS = {  # noqa: RUF012
-                nn.Linear: lambda layer, a, g: {
-                    layer.weight: (g.norm(dim=2) * a[0].norm(dim=2)).amax(1), layer.bias: g.norm(dim=2).amax(1),
-                }
-            }  # fmt: skip
-
-        return Longest(self.trainable, loss_reduction="sum", max_grad_norm=self.clipping_norm)
+    def _norms(self):
+        return {
+            id(p): found
+            for layer, a, g in self.hooks.kept
+            for p, found in (
+                (layer.weight, (g.norm(dim=2) * a.norm(dim=2)).amax(1)),
+                (layer.bias, g.norm(dim=2).amax(1)),
+            )
+        }
 
 
 FAR = [

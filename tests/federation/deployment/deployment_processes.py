@@ -1,6 +1,7 @@
 """Commands of fedhead as processes of a test: each in a session of its own, found again by a mark, ended by its id."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -23,6 +24,11 @@ def until(condition: Callable[[], Found], seconds: float = PATIENCE, what: str =
             raise AssertionError(f"not within {seconds:.0f} s: {what or condition}")
         time.sleep(0.05)
     return found
+
+
+def _end_with_parent() -> None:
+    """Have Linux end this process when the tests' own process is gone, however it ended (prctl, PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 class Process:
@@ -50,7 +56,7 @@ class Process:
         with self.out.open("a") as out, self.log.open("a") as log:
             self.popen = subprocess.Popen(
                 [sys.executable, "-m", "fedhead", *arguments], stdout=out, stderr=log, stdin=subprocess.DEVNULL,
-                env=environment, start_new_session=True,
+                env=environment, start_new_session=True, preexec_fn=_end_with_parent,
             )  # fmt: skip
 
     @property

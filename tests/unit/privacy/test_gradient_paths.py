@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedhead.client.gradients import ClosedForm
-from fedhead.client.hooked import Ghost, linear_norms
+from fedhead.client.hooked import Ghost, _sequence_norms, linear_norms
 from fedhead.client.paths import make_path
 from fedhead.client.training import StepPlan, Trainer
 from fedhead.common.config.schema import SGD, Adam, AdamW, TaskSettings
@@ -18,6 +18,7 @@ from fedhead.common.errors import FedheadError, InputError
 from fedhead.common.features import FeatureSet
 from fedhead.common.models.trainable import Trainable
 from fedhead.common.privacy.noise import TorchNoise, simulation_streams
+from fedhead.common.privacy.sequences import CANCEL
 from fedhead.common.tasks.classification import Classification
 
 N, D, K = 60, 16, 5
@@ -181,11 +182,17 @@ def test_norm_of_a_sequence_that_cancels_is_not_lost():
     """g = +1, -1 on nearly the same activation: in float32 the Gram sum rounds the difference away."""
     layer = nn.Linear(8, 8)
     a = torch.ones(1, 2, 8) * 1000
-    a[0, 1, 0] += 0.25
+    a[0, 1, 0] += 500
     g = torch.ones(1, 2, 8)
     g[0, 1] = -1
-    found = linear_norms(layer, [a], g)[layer.weight]
-    assert found.item() == pytest.approx(0.25 * 8**0.5, rel=1e-5)
+    found = linear_norms(layer, a, g)
+    assert found[layer.weight].item() == pytest.approx(500 * 8**0.5, rel=1e-9)
+    a[0, 1, 0] = 1000.25
+    found = linear_norms(layer, a, g)
+    assert _sequence_norms(a, g).item() == pytest.approx(0.25 * 8**0.5, rel=1e-5)
+    sizes = g.norm(dim=2) * a.norm(dim=2)  # a floor: rounding of the sum is a share of these
+    assert found[layer.weight].item() == pytest.approx(CANCEL * sizes.sum().item(), rel=1e-6)
+    assert found[layer.bias].item() == pytest.approx(CANCEL * 2 * 8**0.5, rel=1e-6)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -301,7 +308,7 @@ def test_hooks_are_gone_after_a_round():
         Trainer(head, TASK, "ghost").round(*records(), plan(), OneStream())
         Trainer(head, TASK, "hooks").round(*records(), plan(), OneStream())
     assert not any(module._forward_hooks or module._backward_hooks for module in head.modules())
-    assert not any(hasattr(p, name) for p in head.parameters() for name in ("grad_sample", "_norm_sample"))
+    assert not any(hasattr(p, name) for p in head.parameters() for name in ("grad_sample", "_current_grad_sample"))
 
 
 def test_default_path_and_names():

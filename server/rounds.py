@@ -276,7 +276,7 @@ def _event(reply: Message, asked: str) -> str:
         said = from_json(protocol.read_release(reply)[1])
     except InputError:
         return asked
-    if not _spends_more(said, from_json(asked)):
+    if said == from_json(asked) or not _spends_more(said, from_json(asked)):
         return asked
     # Other sampling than was asked for: a different one each round would keep the accountant busy for hours.
     return (NoPrivacyEvent(said.steps) if isinstance(said, PoissonEvent) else said).to_json()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -79,12 +79,12 @@ def submit(
     started, key = time.perf_counter(), to_json(config)
     resumed = Checkpoint.read(folder, key) if resume else None
     told = RunFile(server.run_file, name, folder, config.training.rounds, server.least_holders)
-    logging.getLogger("flwr").setLevel(logging.ERROR)  # it narrates every round, which is done here in a line
     earlier = 0.0 if resumed is None else sum(record.seconds for record in resumed.history)
     if not server.folder.is_dir():
         raise RunError(not_running(server))
     # The lock first: whoever has it is the run that run.json tells of, from its preparation on.
-    with progress.listening(progress_listener), contextlib.closing(SubmitLock(server.submit_lock)) as lock, told:
+    lock = SubmitLock(server.submit_lock)
+    with _quiet(), contextlib.closing(lock), progress.listening(progress_listener), told:
         desk = prepare_deployed(config)
         outcome = _hold(desk, server, key, folder, resumed, told, lock)
         total = desk.timing.get("load_seconds", 0.0)
@@ -148,6 +148,18 @@ def _coordinator(
 
     deployed = Deployed(sorted(server.public_keys), roster, server.least_holders, deadline, after_round)
     return Coordinator(desk, session.grid, key, folder, resumed, server.marks_file, deployed)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Flower narrates every round, which is done here in a line."""
+    logger = logging.getLogger("flwr")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _log(record: RoundRecord, rounds: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from fedhead.client import hooked
+from fedhead.client import hooked, paths
 from fedhead.client.auditing.contributions import largest_contribution
 from fedhead.client.auditing.dropped import DropoutMasks
 from fedhead.client.auditing.exactness import largest, largest_difference
@@ -289,6 +289,17 @@ def test_wrong_clipping_shows(monkeypatch, twin):
     if twin is clip_half_as_much_again:
         found = largest_contribution(setup)
         assert found.by_kind["a canary"] == pytest.approx(1.5, abs=1e-3)
+
+
+def test_a_sum_of_a_second_backward_pass_shows(monkeypatch):
+    """Where a gradient cancels, both passes round differently: only the head with alike rows shows it."""
+    bench = Bench(MLPHead(kind="mlp", hidden=[8], activation="tanh"), normalize=False, double=True)
+    assert largest_contribution(planted(bench)).check().passed
+    twins = run_path(str(Path(__file__).parents[3] / "property" / "test_cancelling_bound.py"))
+    monkeypatch.setitem(paths.PATHS, "ghost", twins["TwoPasses"])
+    found = largest_contribution(planted(bench))
+    assert found.kind == "one huge number"
+    assert not found.check().passed
 
 
 def test_bias_without_noise_shows_in_its_group(monkeypatch):

@@ -107,7 +107,7 @@ def test_it_starts_again_from_a_checkpoint_of_its_own_only(config, server_file, 
 
         return SimpleNamespace(run=run)
 
-    monkeypatch.setattr(module, "prepare_deployed", lambda _: SimpleNamespace(timing={}))
+    monkeypatch.setattr(module, "prepare_deployed", lambda _: SimpleNamespace(timing={}, config=config))
     monkeypatch.setattr(module, "Session", lambda *_, **__: nullcontext())
     monkeypatch.setattr(module, "_coordinator", coordinator)
     with pytest.raises(Ended):

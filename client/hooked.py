@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections import Counter
+from collections.abc import Container
 from typing import Any, Final
 
 import torch
-from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
+from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 
 from fedhead.client.gradients import Features, GradientPath, of_persons, without_unusable
 from fedhead.client.probing import check_own_gradients, has_own_code
 from fedhead.common.errors import ModelError
-from fedhead.common.privacy.clipping import clip_factors, finite_records
+from fedhead.common.privacy.clipping import LARGEST, clip_factors, finite_records
 from fedhead.common.privacy.sequences import CANCEL
 
 _BYTES: Final = 2**28  # most memory that values or per-record gradients of one chunk may take
@@ -24,85 +26,112 @@ _NORM_ELEMENTS: Final = 2**22  # most numbers inside one layer's norm
 _FIRING: Final = "Full backward hook is firing"  # features ask for no gradient, and torch says so for every first layer
 
 
-def linear_norms(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> dict[Tensor, Tensor]:
+def row_norms(x: Tensor) -> Tensor:
+    """L2 norms over the last dimension, in double: in float32 they lose up to 1e-4, and tiny squares are nothing.
+
+    Parameters
+    ----------
+    x : Tensor, shape (..., D)
+
+    Returns
+    -------
+    norms : Tensor, float64, shape (...)
+    """
+    rows = x.flatten(0, -2)
+    parts = torch.split(rows, max(1, _NORM_ELEMENTS // max(1, rows.shape[1])))
+    found = [torch.linalg.vector_norm(part.double(), dim=1) for part in parts]
+    return torch.cat(found).view(x.shape[:-1])
+
+
+def linear_norms(layer: nn.Linear, activations: Tensor, backprops: Tensor) -> dict[Tensor, Tensor]:
     """Norm of each record's gradient of a linear layer, the cheaper way for its shape.
 
     Parameters
     ----------
     layer : nn.Linear, D to K
-    activations : list of one Tensor, shape (B, ..., D)
+    activations : Tensor, shape (B, ..., D)
     backprops : Tensor, shape (B, ..., K)
         Gradient of the record's loss with respect to the layer's output.
 
     Returns
     -------
-    norms : parameter -> Tensor, shape (B,)
+    norms : parameter -> Tensor, float64, shape (B,)
+        Of the trained ones; inf or NaN where something isn't finite, or an activation is longer than `LARGEST`.
 
     Notes
     -----
     One position a record: the norm of an outer product. A sequence of T: the T x T Gram matrices of activations and
     backprops where T^2 <= D K, else the (K, D) gradient of one record after the other. The Gram sum cancels, so it is
-    taken in double: in float32 a norm could come out too small, and the clip would not hold.
+    taken in double: in float32 a norm could come out too small, and the clip would not hold. Beyond that, a sequence's
+    norm counts as at least `CANCEL` of the sum of its positions' norms: what rounds in the sum of the clipped gradients
+    is as large as they are.
     Reference: Li et al. (2022), arXiv:2110.05679, for the Gram form.
     """
-    a, g = activations[0].to(backprops.dtype), backprops
+    a, g = activations, backprops
     norms: dict[Tensor, Tensor] = {}
-    if g.dim() == 2:
-        length = torch.linalg.vector_norm(g, dim=1)
-        if layer.weight.requires_grad:
-            norms[layer.weight] = length * torch.linalg.vector_norm(a, dim=1)
-        if layer.bias is not None and layer.bias.requires_grad:
-            norms[layer.bias] = length
-        return norms
-    a, g = a.flatten(1, -2), g.flatten(1, -2)  # (B, T, D), (B, T, K)
+    sizes = row_norms(g)
     if layer.weight.requires_grad:
-        t, gram = a.shape[1], a.shape[1] ** 2 <= a.shape[2] * g.shape[2]
-        at_once = max(1, _NORM_ELEMENTS // (t * t if gram else a.shape[2] * g.shape[2]))
-        pieces = [
-            _gram_norms(a_part, g_part) if gram else torch.linalg.vector_norm(g_part.mT.bmm(a_part), dim=(1, 2))
-            for a_part, g_part in zip(torch.split(a, at_once), torch.split(g, at_once), strict=True)
-        ]
-        norms[layer.weight] = torch.cat(pieces)
+        inputs = row_norms(a)
+        # a shorter scaled backprop would lie where numbers have few digits
+        norms[layer.weight] = sizes * inputs.masked_fill_(inputs > LARGEST, torch.inf)
     if layer.bias is not None and layer.bias.requires_grad:
-        norms[layer.bias] = torch.linalg.vector_norm(g.sum(1), dim=1)
-    return norms
+        norms[layer.bias] = sizes
+    if g.dim() == 2:
+        return norms
+    floors = {p: CANCEL * found.flatten(1).sum(1) for p, found in norms.items()}
+    a, g = a.flatten(1, -2), g.flatten(1, -2)  # (B, T, D), (B, T, K)
+    if layer.weight in norms:
+        norms[layer.weight] = _sequence_norms(a, g)
+    if layer.bias in norms:
+        norms[layer.bias] = torch.linalg.vector_norm(g.sum(1), dim=1, dtype=torch.float64)
+    return {p: torch.maximum(found, floors[p]) for p, found in norms.items()}  # NaN stays NaN
+
+
+def _sequence_norms(a: Tensor, g: Tensor) -> Tensor:
+    """Norms (B,), float64, of the sums over T of the outer products of g (B, T, K) and a (B, T, D)."""
+    t, numbers = a.shape[1], a.shape[2] * g.shape[2]
+    gram = t * t <= numbers
+    at_once = max(1, _NORM_ELEMENTS // (t * t if gram else numbers))
+    pieces = [
+        _gram_norms(a_part, g_part)
+        if gram
+        else torch.linalg.vector_norm(g_part.mT.bmm(a_part), dim=(1, 2), dtype=torch.float64)
+        for a_part, g_part in zip(torch.split(a, at_once), torch.split(g, at_once), strict=True)
+    ]
+    return torch.cat(pieces)
 
 
 def _gram_norms(a: Tensor, g: Tensor) -> Tensor:
     a64, g64 = a.double(), g.double()
     squares = a64.bmm(a64.mT).mul_(g64.bmm(g64.mT)).sum((1, 2))
     # NaN must stay NaN: it is what marks a broken record
-    return squares.clamp(min=0).sqrt_().to(g.dtype)
+    return squares.clamp(min=0).sqrt_()
 
 
-def person_norms(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> dict[Tensor, Tensor]:
-    """`linear_norms` of persons, each at least `CANCEL` of the sum of their records' norms, see there.
+class _GhostHooks(GradSampleHooks):  # type: ignore[misc]  # Opacus has no types
+    """Opacus's hooks, but of linear layers what enters and the gradient of what leaves, not a gradient a record.
 
-    Parameters
+    Attributes
     ----------
-    activations : list of one Tensor, shape (B, T, D)
-    backprops : Tensor, shape (B, T, K)
+    kept : list of (layer, activations (B, ..., D), backprops (B, ..., K))
+        Of the linear layers, in the order of the backward pass. Of other layers, Opacus keeps ``p.grad_sample``.
     """
-    norms = linear_norms(layer, activations, backprops)
-    sizes = torch.linalg.vector_norm(backprops, dim=2)  # (B, T)
-    if layer.weight in norms:
-        inputs = torch.linalg.vector_norm(activations[0].to(backprops.dtype), dim=2)
-        norms[layer.weight] = torch.maximum(norms[layer.weight], CANCEL * (sizes * inputs).sum(1))
-    if layer.bias is not None and layer.bias in norms:
-        norms[layer.bias] = torch.maximum(norms[layer.bias], CANCEL * sizes.sum(1))
-    return norms
 
+    def __init__(self, module: nn.Module) -> None:
+        self.kept: list[tuple[nn.Linear, Tensor, Tensor]] = []
+        super().__init__(module, loss_reduction="sum")
 
-class _GhostHooks(GradSampleHooksFastGradientClipping):  # type: ignore[misc]  # Opacus has no types
-    """Opacus's norm hooks with `linear_norms` in place of its Gram matrices."""
-
-    NORM_SAMPLERS = {**GradSampleHooksFastGradientClipping.NORM_SAMPLERS, nn.Linear: linear_norms}  # noqa: RUF012
-
-
-class _PersonHooks(_GhostHooks):
-    """The same for persons."""
-
-    NORM_SAMPLERS = {**_GhostHooks.NORM_SAMPLERS, nn.Linear: person_norms}  # noqa: RUF012
+    def capture_backprops_hook(
+        self, module: nn.Module, given: Any, gradients: Any, loss_reduction: str, batch_first: bool
+    ) -> None:
+        if not self.hooks_enabled or type(module) is not nn.Linear:
+            super().capture_backprops_hook(module, given, gradients, loss_reduction, batch_first)
+            return
+        activations, backprops = self.rearrange_grad_samples(
+            module=module, backprops=gradients[0].detach(), loss_reduction=loss_reduction, batch_first=batch_first
+        )
+        self.kept.append((module, activations[0].to(backprops.dtype), backprops))
+        del module.max_batch_len
 
 
 class _Hooked(GradientPath):
@@ -156,18 +185,19 @@ class _Hooked(GradientPath):
 
     def records_at_once(self, chunk: int) -> int:
         """How many of `chunk` records fit in memory, each as long as the longest; changes memory, not the result."""
-        size = self._held_a_record()
+        size = self._held_a_record(1)
         if len(self.features):
             values, lengths = self.features.batch(slice(0, 1))
             offsets = getattr(self.features, "offsets", None)
             longest = values.shape[1] if lengths is None or offsets is None else int(offsets.diff().max())
             longest = 1 if of_persons(self.targets) else longest  # `add_rows` cuts persons by their numbers of records
-            size = max(size, values[0, :1].numel() * longest)
+            positions = longest if values.dim() == 3 else 1
+            size = max(self._held_a_record(positions), values[0, :1].numel() * longest)
         return max(1, min(chunk, _BYTES // max(1, size * int(self.parameters[0].element_size()))))
 
     @abstractmethod
-    def _held_a_record(self) -> int:
-        """Numbers held for each record in the worst layer."""
+    def _held_a_record(self, positions: int) -> int:
+        """Numbers held for each record of so many positions until its factor is known."""
 
     def add(self, values: Tensor, lengths: Tensor | None, targets: Tensor) -> None:
         """Add records, without those that aren't finite: they never enter the forward pass."""
@@ -190,9 +220,9 @@ class _Hooked(GradientPath):
     def _add_finite(self, values: Tensor, lengths: Tensor | None, targets: Tensor) -> None:
         """Add one or more records with finite values."""
 
-    def _missing(self, attribute: str) -> None:
+    def _missing(self, found: Container[int]) -> None:
         for name, p in self.trainable.trained().items():
-            if getattr(p, attribute, None) is None:
+            if id(p) not in found:
                 raise ModelError(
                     f"model.head or model.unfreeze trains {name}: no gradient of one record reaches it. Use every "
                     "trained layer in the forward pass, in train mode, and share none."
@@ -200,41 +230,93 @@ class _Hooked(GradientPath):
 
 
 class Ghost(_Hooked):
-    """Norms first, then the gradient of the weighted losses: never a gradient a record for linear layers."""
+    """One backward pass; of linear layers the norms, and then the weighted sum, from what it brought to them.
+
+    Notes
+    -----
+    Norms and sum come of the same numbers. A second backward pass of weighted losses would round differently, and where
+    a gradient cancels inside the network, that could be many clipping norms. However wrong what the pass brought, what
+    is added of a record is at most the clipping norm. Rounding that remains: of norms, factors and products, which
+    `SHRINK` covers; of the sum, whose terms are up to 1 / `CANCEL` clipping norms a record where it has positions; and
+    of other records' gradients, whose last bits may differ with the batch: weights can be chosen to carry that up.
+
+    Memory: beside the graph, a chunk's backprops of all linear layers and the per-record gradients of all others; the
+    activations are those of the graph.
+    """
 
     def _hang(self) -> Any:
-        hooks = _PersonHooks if of_persons(self.targets) else _GhostHooks
-        return hooks(self.trainable, loss_reduction="sum", max_grad_norm=self.clipping_norm)
+        modules = list(self.trainable.modules())
+        users = Counter(id(p) for module in modules for p in module.parameters(recurse=False))
+        for layer in modules:
+            if type(layer) is nn.Linear and any(users[id(p)] > 1 for p in layer.parameters()):
+                raise _measured_in_parts()
+        # where the bias's is asked for, the pass reaches the layer without its weight's gradient, which takes long
+        spared = {id(m.weight) for m in modules if type(m) is nn.Linear and m.bias is not None and m.bias.requires_grad}
+        self._reached = [p for p in self.parameters if id(p) not in spared]
+        return _GhostHooks(self.trainable)
 
-    def _held_a_record(self) -> int:
-        return max(
-            (
-                sum(p.numel() for p in layer.parameters(recurse=False) if p.requires_grad)
-                for layer in self.trainable.modules()
-                if type(layer) is not nn.Linear
-            ),
-            default=1,
-        )
+    def _held_a_record(self, positions: int) -> int:
+        held = 0
+        for layer in self.trainable.modules():
+            trained = sum(p.numel() for p in layer.parameters(recurse=False) if p.requires_grad)
+            held += layer.out_features * positions if trained and type(layer) is nn.Linear else trained
+        return max(1, held)
 
     def _add_finite(self, values: Tensor, lengths: Tensor | None, targets: Tensor) -> None:
+        kept = self.hooks.kept
+        kept.clear()
         for p in self.parameters:
-            p._norm_sample = None
-        self.hooks.enable_hooks()
+            p.grad_sample = None
         losses = self._losses(values, lengths, targets)
-        torch.autograd.grad(losses.sum(), self.parameters, retain_graph=True, allow_unused=True)
-        self.hooks.disable_hooks()
-        self._missing("_norm_sample")
-        norms = torch.stack([p._norm_sample for p in self.parameters])  # (P, B)
-        norms = torch.linalg.vector_norm(norms, dim=0)
-        good = norms.isfinite() & losses.detach().isfinite()
-        if not bool(good.all()):
-            # a factor of 0 would not do: their rows hold inf or NaN, and 0 times those is NaN. Once more without them,
-            # norms included, because dropout draws anew.
-            del losses
-            self._add_kept(values, lengths, targets, good)
-            return
-        weighted = losses @ clip_factors(norms, self.clipping_norm)
-        self._accumulate(list(torch.autograd.grad(weighted, self.parameters)))
+        torch.autograd.grad(losses.sum(), self._reached, allow_unused=True)
+        norms = self._norms()
+        self._missing(norms)
+        factors = clip_factors(torch.linalg.vector_norm(torch.stack(list(norms.values())), dim=0), self.clipping_norm)
+        factors = factors.to(losses.dtype)
+        # below, factors have few digits
+        factors = factors.masked_fill(~losses.detach().isfinite() | (factors < torch.finfo(factors.dtype).tiny), 0.0)
+        self._accumulate(self._weighted(factors))
+
+    def _norms(self) -> dict[int, Tensor]:
+        """Norms (B,), float64, of the records' gradients of each parameter, by its id."""
+        norms = {id(p): row_norms(p.grad_sample.flatten(1)) for p in self.parameters if p.grad_sample is not None}
+        for layer, activations, backprops in self.hooks.kept:
+            for p, found in linear_norms(layer, activations, backprops).items():
+                if id(p) in norms:
+                    raise _measured_in_parts()
+                norms[id(p)] = found
+        return norms
+
+    def _weighted(self, factors: Tensor) -> list[Tensor]:
+        """Sums of the records' gradients times factors (B,), and lets go of what was kept."""
+        # a factor of 0 would not do: rows may hold inf or NaN, and 0 times those is NaN
+        left_out = factors == 0
+        broken = left_out if bool(left_out.any()) else None
+        sums: dict[int, Tensor] = {}
+        while self.hooks.kept:
+            layer, a, g = self.hooks.kept.pop()
+            g = _without(g * factors.view(-1, *[1] * (g.dim() - 1)), broken).flatten(0, -2)
+            if layer.weight.requires_grad:
+                sums[id(layer.weight)] = g.t().mm(_without(a, broken).flatten(0, -2))
+            if layer.bias is not None and layer.bias.requires_grad:
+                sums[id(layer.bias)] = g.sum(0)
+        for p in self.parameters:
+            if id(p) not in sums:
+                sums[id(p)] = (factors @ _without(p.grad_sample.flatten(1), broken)).view_as(p)
+                p.grad_sample = None
+        return [sums[id(p)] for p in self.parameters]
+
+
+def _without(rows: Tensor, broken: Tensor | None) -> Tensor:
+    """Rows (B, ...) with zeros in place of those that are broken (B,)."""
+    return rows if broken is None else rows.masked_fill(broken.view(-1, *[1] * (rows.dim() - 1)), 0.0)
+
+
+def _measured_in_parts() -> ModelError:
+    return ModelError(
+        "model.head or model.unfreeze uses a trained linear layer, or its weights, more than once: norms would be "
+        "measured in parts. Use every trained layer once, and share none."
+    )
 
 
 class Hooks(_Hooked):
@@ -243,7 +325,7 @@ class Hooks(_Hooked):
     def _hang(self) -> Any:
         return GradSampleHooks(self.trainable, loss_reduction="sum")
 
-    def _held_a_record(self) -> int:
+    def _held_a_record(self, positions: int) -> int:
         return int(sum(p.numel() for p in self.parameters))
 
     def _add_finite(self, values: Tensor, lengths: Tensor | None, targets: Tensor) -> None:
@@ -251,7 +333,7 @@ class Hooks(_Hooked):
             p.grad_sample = None
         losses = self._losses(values, lengths, targets)
         torch.autograd.grad(losses.sum(), self.parameters, allow_unused=True)
-        self._missing("grad_sample")
+        self._missing({id(p) for p in self.parameters if p.grad_sample is not None})
         gradients = [p.grad_sample.flatten(1) for p in self.parameters]  # (B, size of p)
         norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in gradients]).norm(dim=0)
         factors = clip_factors(norms, self.clipping_norm)

@@ -1,7 +1,7 @@
 """The gradient paths: three ways to the same clipped sum of per-record gradients.
 
     closed-form   a linear head with cross-entropy: no gradient a record, about the cost of plain training
-    ghost         any head: norms from Opacus's hooks, then a second backward pass with weighted losses
+    ghost         any head: norms from Opacus's hooks, and the sum of the same backward pass
     hooks         Opacus's per-record gradients, held in memory; slow and simple, to compare with
 
 Each adds to ``p.summed_grad`` of the trained parameters.

@@ -87,7 +87,12 @@ def audit_statement(
 def audit_mechanism(
     recipe: RecipeArgument,
     canaries: Annotated[
-        int | None, typer.Option(min=1, help="Planted records. Default and most: as many as there are features.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Planted records. Default and most: as many as there are features; of planted gradients, as many as "
+            "linear layers have weights, and at most 512 by default.",
+        ),
     ] = None,
     records: Annotated[int, typer.Option(min=1, help="Real records that the canaries hide among.")] = 256,
     seed: Annotated[

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedhead.client.auditing.canaries import Canaries, flat, joined, load_flat
-from fedhead.client.auditing.planted import TOKENS, PlantedCanaries
+from fedhead.client.auditing.planted import TOKENS, PlantedCanaries, linear_layers
 from fedhead.client.auditing.setup import Setup, Units
 from fedhead.client.auditing.watching import watch
 from fedhead.client.training import StepPlan, Trainer
@@ -42,6 +42,10 @@ _MANY: Final = 20_000  # trained numbers from which, as behind a cut, fewer head
 _LARGE: Final = {torch.float32: 2.0**6, torch.float64: 2.0**16}
 """Length of the huge head, in clipping norms. A deployed holder refuses 2^20; in float32 gradients under so large a
 head would be rounding, which no claim covers."""
+
+
+_ALIKE: Final = 2.0**16  # length of all alike rows together, in clipping norms
+_HUGE: Final = 1e12  # the number that is huge in a record with one
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,11 @@ def _distance(a: FloatArray | None, b: FloatArray | None) -> float:
 
 
 def _heads(setup: Setup, small: bool) -> Iterator[FloatArray]:
-    """One after the canaries; of small heads also zero, a random one, and a huge one."""
+    """One after the canaries; of small heads also zero, a random one, a huge one, and one whose outputs are all alike.
+
+    Alike rows in the last layer let the gradient cancel on its way back, so that only its rounding goes on: whoever
+    measures and sums with different rounding is wrong by all of it.
+    """
     yield setup.sent_head()
     if not small:
         return
@@ -180,6 +188,17 @@ def _heads(setup: Setup, small: bool) -> Iterator[FloatArray]:
     yield np.zeros(len(start))
     yield start.double().numpy() + drawn
     yield drawn / float(np.linalg.norm(drawn)) * _LARGE[start.dtype] * setup.plan.clipping_norm
+    made = setup.make_trainable()
+    layers = linear_layers(made)
+    if len(layers) > 1:
+        alike, last = start.double().numpy() + drawn, layers[-1]
+        if not made.normalize:
+            first = slice(layers[0].weight, layers[0].weight + layers[0].outputs * layers[0].inputs)
+            alike[first] /= _HUGE  # so that one huge number leaves hidden units where they have gradients
+        rows = np.tile(generator.standard_normal(last.inputs), last.outputs)
+        rows *= _ALIKE * setup.plan.clipping_norm / float(np.linalg.norm(rows))
+        alike[last.weight : last.weight + len(rows)] = rows
+        yield alike
 
 
 def _there(real: Units, canaries: Canaries | PlantedCanaries, size: int) -> Iterator[Units]:
@@ -214,7 +233,7 @@ def _added(
     labels = range(outputs) if outputs <= _LABELS else sorted({0, outputs - 1, *generator.choice(outputs, _LABELS - 2)})
     ordinary = torch.from_numpy(generator.standard_normal(shape)).float()
     one = torch.zeros(shape)
-    one.view(-1)[int(generator.integers(one.numel()))] = 1e12
+    one.view(-1)[int(generator.integers(one.numel()))] = _HUGE
     broken = ordinary.clone()
     broken.view(-1)[0] = torch.nan
     hostile = {

@@ -41,9 +41,9 @@ class Planting:
     Notes
     -----
     What a leaf's input is, and what gradient its output gets, is changed before Opacus's own hooks look, and autograd
-    goes on with the same: both passes of ghost clipping, and per-record gradients, see one and the same record. A
+    goes on with the same: norms and sums, in one pass or several, see one and the same record. A
     canary's outputs are cut off, so that no other layer gets a gradient of it; what enters its layer is a constant, so
-    none flows further back. In the second pass of ghost clipping each loss is multiplied by the record's clip factor;
+    none flows further back. A path with a second pass would multiply each loss by the record's clip factor;
     the crafted gradient is multiplied by what arrives at the canary's own loss, as any other would be.
     """
 

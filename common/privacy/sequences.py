@@ -15,7 +15,8 @@ from fedhead.common.privacy.clipping import LARGEST, UNSEEN, clip_factors
 
 CANCEL: Final = 2.0**-5
 """A person's norm counts as at least this share of the sum of their records' norms. Below it the records cancel each
-other almost fully, and what rounding leaves of each of them would no longer be small beside the clipping norm."""
+other almost fully, and what rounding leaves of each of them would no longer be small beside the clipping norm. The same
+share of its positions' norms is the least that a record with several positions counts with in a linear layer."""
 
 
 ELEMENTS: Final = 2**22

@@ -56,7 +56,7 @@ class Process:
         with self.out.open("a") as out, self.log.open("a") as log:
             self.popen = subprocess.Popen(
                 [sys.executable, "-m", "fedhead", *arguments], stdout=out, stderr=log, stdin=subprocess.DEVNULL,
-                env=environment, start_new_session=True, preexec_fn=_end_with_parent,
+                env=environment, start_new_session=True, preexec_fn=_end_with_parent,  # noqa: PLW1509 (a single call, which takes no lock)
             )  # fmt: skip
 
     @property

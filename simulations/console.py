@@ -117,7 +117,10 @@ def _show_privacy(out: Console, result: Result) -> None:
 def _show_time(out: Console, result: Result) -> None:
     timing = result.timing
     names = ("features", "training", "server", "total")
-    parts = [f"{name} {timing[f'{name}_seconds']:.1f} s" for name in names if f"{name}_seconds" in timing]
+    shown = {} if result.holders else {"training": "rounds"}  # of a deployment: with transport
+    parts = [
+        f"{shown.get(name, name)} {timing[f'{name}_seconds']:.1f} s" for name in names if f"{name}_seconds" in timing
+    ]
     out.print("time: " + ", ".join(parts))
     if "load_seconds" in timing:
         out.print(f"      (before that, imports and weights: {timing['load_seconds']:.1f} s)")

@@ -217,10 +217,16 @@ def _steps(result: Result) -> list[dict[str, Any]]:
 def _time(result: Result) -> dict[str, Any]:
     """The time of a run in parts; what the parts leave of the total is named as such."""
     timing = result.timing
+    # A deployment's server sees how long an exchange takes, and not what of it is training.
+    training, server = (
+        ("training at the holders", "server, transport and evaluation")
+        if result.holders
+        else ("rounds: transport, and training at the holders", "server and evaluation")
+    )
     names = (
         ("features_seconds", "features", "label-0"),
-        ("training_seconds", "training at the holders", "label-1"),
-        ("server_seconds", "server, transport and evaluation", "label-2"),
+        ("training_seconds", training, "label-1"),
+        ("server_seconds", server, "label-2"),
     )
     parts = [(what, timing[key], colour) for key, what, colour in names if key in timing]
     known = sum(seconds for _, seconds, _ in parts)

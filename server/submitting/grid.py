@@ -178,17 +178,21 @@ class DeployedGrid(Grid):
         open_: dict[str, Message] = {}
         with self._waiting.within(timeout):
             failures = self._waiting.failures
+            before: dict[str, int] = {}  # message -> failures so far when it was sent: one crash may take many replies
             try:
                 open_.update(self._sent(messages))
+                before.update(dict.fromkeys(open_, failures))
                 while open_:
                     for reply in self.pull_messages(open_):
-                        message = open_.pop(reply.metadata.reply_to_message_id)
-                        copy = flower.copied(message) if self._waiting.failures > failures and _missing(reply) else None
+                        name = reply.metadata.reply_to_message_id
+                        message, failures = open_.pop(name), self._waiting.failures
+                        copy = flower.copied(message) if failures > before[name] and _missing(reply) else None
                         if copy is None:
                             replies.append(reply)
                         else:
-                            failures = self._waiting.failures
-                            open_.update(self._sent([copy]))
+                            again = self._sent([copy])
+                            open_.update(again)
+                            before.update(dict.fromkeys(again, failures))
                     if not open_ or self._waiting.over:
                         break
                     blocked = any(message in self._arriving for message in open_)

@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 from deployment_harness import LABELS
-from deployment_processes import until
+from deployment_processes import PATIENCE, until
 
 import fedhead
 from fedhead.common.refusals import BEYOND_BUDGET
@@ -71,13 +73,17 @@ def test_a_run_leaves_what_a_simulation_leaves_and_goes_on_where_it_was_stopped(
 
 
 def test_a_late_holder_is_taken_in_and_one_without_budget_is_left_out(federation):
-    ours = federation(["north", "south", "poor"], server={"least_holders": 1}, holder=SLOWLY)
+    ours = federation(["north", "south", "poor"], server={"round_deadline": PATIENCE}, holder=SLOWLY)
     ours.write_holder("poor", {**SLOWLY, "budget": {"epsilon": 0.5}})
-    ours.up("north", "poor")
-    submit = ours.submit(recipe=ours.write_recipe({"training": {"rounds": 12}}))
+    joined = ours.up("north", "poor")
+    submit = ours.submit(recipe=ours.write_recipe({"training": {"rounds": 6}}))
     ours.after_round(submit, 1)
-    ours.join("south")
-    assert submit.wait(150) == 0, submit.text()
+    north = joined["north"].child("executor")
+    os.kill(north, signal.SIGSTOP)  # so that the run waits for the late one, however long that takes to come
+    (south,) = ours.join("south")
+    ours.all_online({**joined, "south": south})
+    os.kill(north, signal.SIGCONT)
+    assert submit.wait() == 0, submit.text()
     result = ours.result()
     holders = [row["holders"] for row in result["rounds"]]
     assert holders[0] == 1

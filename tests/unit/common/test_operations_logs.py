@@ -20,7 +20,12 @@ log = logging.getLogger("fedhead.tests")
 def _as_before():
     root, fedhead = logging.getLogger(), logging.getLogger("fedhead")
     handlers, levels = root.handlers[:], (root.level, fedhead.level)
+    others = {name: logging.getLogger(name).level for name in (*logs.QUIET, "httpx", "some.library")}
+    for name in others:  # whatever a test before has left
+        logging.getLogger(name).setLevel(logging.INFO if name in logs.QUIET else logging.NOTSET)
     yield
+    for name, level in others.items():
+        logging.getLogger(name).setLevel(level)
     root.handlers[:] = handlers
     root.setLevel(levels[0])
     fedhead.setLevel(levels[1])

@@ -42,7 +42,7 @@ def start(cache: Path, log: Path, wait: float) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", PROCESS, str(HERE), str(cache), str(log), str(wait)])
 
 
-def until(ready, seconds: float = 60) -> None:
+def until(ready, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < end

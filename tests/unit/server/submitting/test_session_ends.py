@@ -1,8 +1,9 @@
 """A session against a server that refuses, is gone, or is another one: one line each, and nothing left behind."""
 
-import multiprocessing
 import os
 import re
+import subprocess
+import sys
 import time
 
 import pytest
@@ -208,23 +209,27 @@ def test_two_at_once_are_refused(control, server_file):
     Session(server_file, "{}").close("completed")
 
 
-def hold(path, ready, end):
-    SubmitLock(path)
-    ready.set()
-    end.wait(60)
-    os._exit(9)  # as a crash would: nothing is given back
+HOLD = """
+import sys
+from pathlib import Path
+from fedhead.server.submitting.lock import SubmitLock
+kept = SubmitLock(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
 
 
 def test_a_lock_dies_with_its_process(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    ready, end = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(tmp_path / "lock", ready, end), daemon=True)
-    process.start()
-    assert ready.wait(60)
-    with pytest.raises(RunError, match=f"process {process.pid}"):
-        SubmitLock(tmp_path / "lock")
-    end.set()
-    process.join(60)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout.readline() == "held\n"
+            with pytest.raises(RunError, match=f"process {process.pid}"):
+                SubmitLock(tmp_path / "lock")
+        finally:
+            process.kill()  # as a crash: nothing is given back
+        process.wait(60)
     SubmitLock(tmp_path / "lock").release()
 
 

@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PrivateAttr, ValidationError
+from pydantic import Field
 
-from fedhead.common.config.faults import fault, faults_of, setting_name
+from fedhead.common.config.faults import fault, setting_name
+from fedhead.common.config.files import SettingsFile, judged
 from fedhead.common.config.limits import Budget, Limits
 from fedhead.common.config.names import Name, is_name
 from fedhead.common.config.places import HOST_RULE, address_of, is_host, path_from
-from fedhead.common.config.tables import Table, known_keys, part_of, read_toml
-from fedhead.common.errors import ConfigError, InputError
+from fedhead.common.config.tables import Table, read_toml
+from fedhead.common.errors import InputError
 
 LEDGER, FEATURES = "ledger.sqlite", "features"
 MADE = "ledger.made"
@@ -67,14 +68,8 @@ class Storage(Table):
     )
 
 
-class HolderFile(Table):
-    """A whole holder.toml.
-
-    Attributes
-    ----------
-    base : Path
-        Folder that relative paths in the file start from.
-    """
+class HolderFile(SettingsFile):
+    """A whole holder.toml."""
 
     name: Name = Field(description="The holder's name, as the ledger writes it.")
     server: str | None = Field(
@@ -93,13 +88,6 @@ class HolderFile(Table):
     limits: Limits = Field(default_factory=Limits, description="What a request may ask for.")
     storage: Storage = Field(default_factory=Storage, description="Where this holder keeps what is its own.")
 
-    _base: Path = PrivateAttr(default_factory=Path.cwd)
-
-    @property
-    def base(self) -> Path:
-        """Folder that relative paths in the file start from."""
-        return self._base
-
     @property
     def folder(self) -> Path:
         """The storage folder."""
@@ -114,10 +102,6 @@ class HolderFile(Table):
     def features(self) -> Path:
         """The folder of cached features; it may not be there yet."""
         return self.folder / FEATURES
-
-    def path(self, text: str) -> Path:
-        """A path as typed in the file: relative ones start from the file's folder."""
-        return path_from(text, self.base)
 
 
 @dataclass(frozen=True)
@@ -166,29 +150,7 @@ def make_holder(raw: Mapping[str, Any], base: Path | None = None) -> HolderFile:
     ConfigError
         With every fault at once, one line each.
     """
-    base = (base or Path.cwd()).resolve()
-    faults: list[str] = []
-    try:
-        found: HolderFile | None = HolderFile.model_validate(raw)
-    except ValidationError as error:
-        found = None
-        faults += [_for_this_page(line) for line in faults_of(error, raw, known_keys(HolderFile))]
-    # Combinations are judged over the parts that are valid in themselves, so that all faults come at once.
-    parts = _Parts(**{name: part_of(HolderFile, name, raw) for name in _Parts.__dataclass_fields__})
-    for rule in _RULES:
-        faults += rule(parts, base)
-    if faults or found is None:
-        raise ConfigError(faults)
-    found._base = base
-    return found
-
-
-def _for_this_page(line: str) -> str:
-    """The same fault, with the page that is about this file; the ends are those that `faults_of` writes."""
-    for end in ("docs/recipes.md lists every setting.", "docs/recipes.md shows what it may be."):
-        if line.endswith(end):
-            return line.removesuffix(end) + end.replace("docs/recipes.md", _PAGE)
-    return line
+    return judged(HolderFile, raw, base, _Parts, _RULES, _PAGE)
 
 
 def _files(parts: _Parts, base: Path) -> Iterator[str]:

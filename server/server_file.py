@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import Field, PrivateAttr, ValidationError
+from pydantic import Field
 
-from fedhead.common.config.faults import fault, faults_of
+from fedhead.common.config.faults import fault
+from fedhead.common.config.files import SettingsFile, judged
 from fedhead.common.config.names import NAME_RULE, is_name
 from fedhead.common.config.places import HOST_RULE, address_of, is_host, path_from
-from fedhead.common.config.tables import Table, known_keys, part_of, read_toml
+from fedhead.common.config.tables import read_toml
 from fedhead.common.errors import ConfigError, InputError
 from fedhead.server.credentials import CURVES, pair_fault, public_key_pem
 
@@ -36,14 +37,8 @@ _PAGE: Final = "docs/deploy.md"
 _STARTS: Final = "Paths start at the file's folder; correct it."
 
 
-class ServerFile(Table):
-    """A whole server.toml.
-
-    Attributes
-    ----------
-    base : Path
-        Folder that relative paths in the file start from.
-    """
+class ServerFile(SettingsFile):
+    """A whole server.toml."""
 
     address: str = Field(
         "0.0.0.0:8443", pattern=_ADDRESS, description="Where data holders connect, over TLS: address and port."
@@ -75,13 +70,6 @@ class ServerFile(Table):
     message_megabytes: int = Field(
         512, ge=1, le=2047, description="Most that one request may bring, in MiB; protobuf has no more than 2 GiB."
     )
-
-    _base: Path = PrivateAttr(default_factory=Path.cwd)
-
-    @property
-    def base(self) -> Path:
-        """Folder that relative paths in the file start from."""
-        return self._base
 
     @property
     def folder(self) -> Path:
@@ -156,10 +144,6 @@ class ServerFile(Table):
         """Locked by the one serve that runs."""
         return self.folder / "serve.lock"
 
-    def path(self, text: str) -> Path:
-        """A path as typed in the file: relative ones start from the file's folder."""
-        return path_from(text, self.base)
-
 
 @dataclass(frozen=True)
 class _Parts:
@@ -206,21 +190,7 @@ def make_server(raw: Mapping[str, Any], base: Path | None = None) -> ServerFile:
     ConfigError
         With every fault at once, one line each.
     """
-    base = (base or Path.cwd()).resolve()
-    faults: list[str] = []
-    try:
-        found: ServerFile | None = ServerFile.model_validate(raw)
-    except ValidationError as error:
-        found = None
-        faults += [line.replace("docs/recipes.md", _PAGE) for line in faults_of(error, raw, known_keys(ServerFile))]
-    # Combinations are judged over the settings that are valid in themselves, so that all faults come at once.
-    parts = _Parts(**{name: part_of(ServerFile, name, raw) for name in _Parts.__dataclass_fields__})
-    for rule in _RULES:
-        faults += rule(parts, base)
-    if faults or found is None:
-        raise ConfigError(faults)
-    found._base = base
-    return found
+    return judged(ServerFile, raw, base, _Parts, _RULES, _PAGE)
 
 
 def _loopback(host: str) -> bool:

@@ -102,36 +102,40 @@ def fault(setting: str, value: Any, rule: str, remedy: str) -> str:
     return f"{setting} is {show(value)}: {rule}. {remedy}"
 
 
-def faults_of(error: ValidationError, raw: Mapping[str, Any], known: Mapping[str, Sequence[str]]) -> list[str]:
-    """Every fault of a failed validation, in the order of the recipe.
+def faults_of(
+    error: ValidationError, raw: Mapping[str, Any], known: Mapping[str, Sequence[str]], page: str = "docs/recipes.md"
+) -> list[str]:
+    """Every fault of a failed validation, in the order of the file.
 
     Parameters
     ----------
     error : ValidationError
     raw : mapping
-        The recipe as read.
+        The file as read.
     known : mapping
         Keys that each table may have, by the table's dotted name; for spelling hints.
+    page : str
+        The page of the documentation that lists the settings.
     """
-    return [_line(item, raw, known) for item in error.errors()]
+    return [_line(item, raw, known, page) for item in error.errors()]
 
 
-def _line(item: ErrorDetails, raw: Mapping[str, Any], known: Mapping[str, Sequence[str]]) -> str:
+def _line(item: ErrorDetails, raw: Mapping[str, Any], known: Mapping[str, Sequence[str]], page: str) -> str:
     name = setting_name(item["loc"], raw)
     kind, value, context = item["type"], item["input"], item.get("ctx", {})
     if kind == "missing":
-        return f"{name} is missing: it must be given. {_remedy(name)}"
+        return f"{name} is missing: it must be given. {_remedy(name, page)}"
     if kind == "extra_forbidden":
         table, _, key = name.rpartition(".")
         near = difflib.get_close_matches(key, known.get(table, ()), 1, 0.5)
-        hint = f'Did you mean "{near[0]}"?' if near else "Remove it; docs/recipes.md lists every setting."
+        hint = f'Did you mean "{near[0]}"?' if near else f"Remove it; {page} lists every setting."
         return f"{name} is {show(value)}: there is no such setting. {hint}"
     if kind in ("union_tag_invalid", "union_tag_not_found") and isinstance(value, dict):
         name, value = f"{name}.kind", value.get("kind")
     rule = _FORMS.get(str(context.get("pattern"))) or _RULES.get(kind)
     text = rule.format(**context) if rule else str(item["msg"])[:1].lower() + str(item["msg"])[1:]
-    return fault(name, value, text, _remedy(name))
+    return fault(name, value, text, _remedy(name, page))
 
 
-def _remedy(name: str) -> str:
-    return _REMEDIES.get(name.split("[", maxsplit=1)[0], "docs/recipes.md shows what it may be.")
+def _remedy(name: str, page: str) -> str:
+    return _REMEDIES.get(name.split("[", maxsplit=1)[0], f"{page} shows what it may be.")

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from fedhead.common.config.checks import CHECKS, Sections
-from fedhead.common.config.faults import fault, faults_of
+from fedhead.common.config.faults import fault
+from fedhead.common.config.files import judged
 from fedhead.common.config.schema import RunConfig
-from fedhead.common.config.tables import known_keys, part_of, read_toml
+from fedhead.common.config.tables import read_toml
 from fedhead.common.errors import ConfigError
 
+_RULES = tuple(lambda sections, _, check=check: check(sections) for check in CHECKS)  # none looks at the folder
 _NOTHING = object()  # what `--set key=` stands for: the setting is taken out, so that it has its default
 
 
@@ -59,25 +59,7 @@ def make_config(raw: Mapping[str, Any], base: Path | None = None) -> RunConfig:
     ConfigError
         With every fault at once.
     """
-    faults: list[str] = []
-    pruned: dict[str, Any] = copy.deepcopy(dict(raw))
-    try:
-        RunConfig.model_validate(pruned)
-    except ValidationError as error:
-        faults += faults_of(error, raw, known_keys(RunConfig))
-    # Combinations are judged over the sections that are valid in themselves, so that all faults come at once.
-    sections: dict[str, Any] = {}
-    for name in RunConfig.model_fields:
-        section = part_of(RunConfig, name, pruned)
-        if section is not None:
-            sections[name] = section
-    for check in CHECKS:
-        faults += check(Sections(**sections))
-    if faults:
-        raise ConfigError(faults)
-    config = RunConfig.model_validate(pruned)
-    config._base = (base or Path.cwd()).resolve()
-    return config
+    return judged(RunConfig, copy.deepcopy(dict(raw)), base, Sections, _RULES, "docs/recipes.md")
 
 
 def to_json(config: RunConfig, *, base: bool = True) -> str:

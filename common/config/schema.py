@@ -7,11 +7,11 @@ nowhere else.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, Tag
+from pydantic import Field, Tag
 
+from fedhead.common.config.files import SettingsFile
 from fedhead.common.config.limits import Budget, Limits
 from fedhead.common.config.privacy import PrivacySettings
 from fedhead.common.config.strategies import FedAvgM, Strategy
@@ -279,14 +279,8 @@ class RunSettings(Table):
     exact: bool = Field(False, description="One thread: the same bits from the same seed, whatever the engine.")
 
 
-class RunConfig(Table):
-    """A whole recipe.
-
-    Attributes
-    ----------
-    base : Path
-        Folder that relative paths in the recipe start from.
-    """
+class RunConfig(SettingsFile):
+    """A whole recipe."""
 
     task: TaskSettings = Field(description="What is predicted.")
     model: ModelSettings = Field(description="Backbone, head and cut.")
@@ -296,10 +290,3 @@ class RunConfig(Table):
     training: TrainingSettings = Field(default_factory=TrainingSettings, description="How the head is trained.")
     strategy: Strategy = Field(default_factory=FedAvgM, description="How updates become the next head.")
     run: RunSettings = Field(default_factory=RunSettings, description="How the run is carried out.")
-
-    _base: Path = PrivateAttr(default_factory=Path.cwd)
-
-    @property
-    def base(self) -> Path:
-        """Folder that relative paths in the recipe start from."""
-        return self._base

@@ -272,6 +272,19 @@ def test_a_ledger_that_stays_locked(path: Path, monkeypatch):
         assert isinstance(ledger.reserve([want(1)])[0], Granted)
 
 
+def test_a_log_that_the_last_other_process_tidies_away_meanwhile_has_lost_nothing(path: Path, monkeypatch):
+    with Ledger(path) as ledger:
+        fill(ledger, 1)
+        rows = ledger.verify()
+    there, read = Path.exists, Path.read_bytes
+    monkeypatch.setattr(Path, "exists", lambda self, **how: self.name.endswith("-wal") or there(self, **how))
+    looked_at = []
+    monkeypatch.setattr(Path, "read_bytes", lambda self: looked_at.append(self.name) or read(self))
+    with Ledger(path, create=False) as ledger:
+        assert ledger.verify() == rows > 0
+    assert path.name + "-wal" in looked_at
+
+
 def test_threads_share_one_ledger(path: Path):
     from concurrent.futures import ThreadPoolExecutor
 

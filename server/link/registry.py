@@ -26,6 +26,7 @@ class Registry:
         self._state = state
         self.nodes: dict[bytes, int] = {}
         self.names: dict[int, str] = {}
+        self._here: set[int] = set()
 
     def update(self, keys: Mapping[str, bytes]) -> None:
         """Make the state's nodes those of the keys; what can't be is one line in the log.
@@ -66,3 +67,19 @@ class Registry:
         """How many data holders are connected, and how many are registered."""
         here = set(self.nodes.values())
         return sum(found.online for found in registrations(self._state) if found.node in here), len(here)
+
+    def tell(self) -> None:
+        """Say in the log who has come and who has gone since the last call; a restarted holder is seen if it was away.
+
+        Notes
+        -----
+        A holder that leaves says so, and is gone at once; one that dies or is cut off is gone when it was not heard
+        for as long as the server waits for a sign of life.
+        """
+        names = dict(self.names)
+        here = {found.node for found in registrations(self._state) if found.online} & set(names)
+        for node in sorted(here - self._here, key=names.__getitem__):
+            log.info("data holder %s: connected", names[node])
+        for node in sorted((self._here & set(names)) - here, key=names.__getitem__):
+            log.warning("data holder %s: gone", names[node])
+        self._here = here

@@ -39,6 +39,7 @@ log = logging.getLogger("fedhead")
 
 _SOON: Final = 30  # days before the certificate's end from which on there is a warning
 _POLLED: Final = 0.02  # seconds between looks for whether both servers have started
+_LOOKED: Final = 2.0  # seconds between looks for which data holders are there
 
 
 def serve(path: str | Path, *, on_ready: Callable[[], None] | None = None) -> None:
@@ -127,11 +128,11 @@ class _Link:
                 loop.add_signal_handler(number, self.stop)
             loop.add_signal_handler(signal.SIGHUP, self.reload)
         close = self._show_figures()
-        ready = asyncio.create_task(self._ready(on_ready))
+        telling = asyncio.create_task(self._tell(on_ready))
         try:
             await run_together([(self.public, public), (self.private, private)])
         finally:
-            ready.cancel()
+            telling.cancel()
             close()
             log.info("the server has ended")
 
@@ -162,7 +163,8 @@ class _Link:
             return
         log.info("keys and certificate were read again; %s", self._registered())
 
-    async def _ready(self, on_ready: Callable[[], None] | None) -> None:
+    async def _tell(self, on_ready: Callable[[], None] | None) -> None:
+        """Say when both servers answer, and from then on who comes and goes."""
         while not (self.public.started and self.private.started):
             await asyncio.sleep(_POLLED)
         log.info(
@@ -171,6 +173,10 @@ class _Link:
         )  # fmt: skip
         if on_ready is not None:
             on_ready()
+        while True:  # until it is cancelled
+            await asyncio.sleep(_LOOKED)
+            with contextlib.suppress(Exception):  # a database that is busy; the next look tells
+                await asyncio.to_thread(self.registry.tell)
 
     def _registered(self) -> str:
         names = sorted(self.registry.names.values())

@@ -69,6 +69,29 @@ def test_who_is_connected(state):
     assert registry.online() == (1, 2)
 
 
+def test_who_comes_and_goes_is_told_once_by_name(state, caplog):
+    registry = Registry(state)
+    registry.update({"north": A, "south": B})
+
+    def told():
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "fedhead"):
+            registry.tell()
+        return [(one.levelname, one.getMessage()) for one in caplog.records]
+
+    assert told() == []
+    for key in (B, A):
+        state.activate_node(registry.nodes[key], 30)
+    assert told() == [("INFO", "data holder north: connected"), ("INFO", "data holder south: connected")]
+    assert told() == []
+    state.deactivate_node(registry.nodes[B])
+    assert told() == [("WARNING", "data holder south: gone")]
+    registry.update({"north": A})  # south's key is taken away; nothing more is said of it
+    assert told() == []
+    registry.update({})
+    assert told() == []
+
+
 def test_a_key_that_was_taken_away_is_refused_also_where_the_database_fails(state, monkeypatch):
     registry = Registry(state)
     registry.update({"north": A, "south": B})

@@ -41,13 +41,9 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeStateFactory
 
+from fedhead.client.joining.bounds import LARGEST_ANSWER, LONGEST_RECIPE, MOST_OBJECTS, RECIPE
 from fedhead.client.joining.retry import Retry
 from fedhead.client.joining.weighing import TOO_LARGE
-
-RECIPE: Final = "recipe"
-LONGEST_RECIPE: Final = 1 << 20  # characters
-LARGEST_ANSWER: Final = 1 << 30  # bytes, and of a whole message; a head of 250 million parameters
-MOST_OBJECTS: Final = 10_000  # that a message consists of; two a tensor, and a few
 
 _NO_BUNDLE: Final = hashlib.sha256(b"").hexdigest()
 _OBJECT_SECONDS: Final = 600.0  # most that a node waits for the rest of a message that the server has announced

@@ -35,7 +35,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import push_message
 
-from fedhead.client.joining.flower import LARGEST_ANSWER, RECIPE
+from fedhead.client.joining.bounds import LARGEST_ANSWER, RECIPE
 from fedhead.client.joining.weighing import Scales
 
 _ACQUIRE: Final = "/flwr.proto.Runtime/AcquireTask"

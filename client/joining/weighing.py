@@ -17,7 +17,7 @@ from flwr.app.message.arraychunk import ArrayChunk
 from flwr.supercore.constant import HEAD_BODY_DIVIDER
 from flwr.supercore.inflatable.inflatable_object import get_object_head_values_from_object_content
 
-LARGEST_PART: Final = 4 << 20  # bytes of an object that holds no numbers of an array: names, texts, places
+from fedhead.client.joining.bounds import LARGEST_PART
 
 TOO_LARGE: Final = "the objects are more than a message may have"
 

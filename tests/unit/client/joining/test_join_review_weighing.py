@@ -14,7 +14,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedhead.client.joining import weighing
-from fedhead.client.joining.flower import LARGEST_ANSWER
+from fedhead.client.joining.bounds import LARGEST_ANSWER
 from fedhead.client.joining.weighing import TOO_LARGE, Scales
 
 

@@ -3,7 +3,8 @@
 The test owns a folder, which FEDHEAD_UNDER_TEST names. A file `ROLE.POINT` there has the process of that role do what
 the file says (`kill` or `stop`) when it comes to that failpoint, once: the file is renamed as it happens. A file
 `ROLE.clock` holds seconds by which the clock of that process is wrong from its start. `executor.light` has the executor
-do without PyTorch (light_executor.py).
+do without PyTorch (light_executor.py). A holder starts its processes again after a second, however often they have
+ended: how the waits grow is for tests of the supervisor alone.
 """
 
 import builtins
@@ -41,6 +42,10 @@ def watch(folder: Path, mine: str) -> None:
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[what])
 
     failpoints._hook = hook
+    if mine == "join":
+        from fedhead.client.joining import supervisor
+
+        supervisor.LONGEST_WAIT = supervisor.FIRST_WAIT
 
 
 def shift(seconds: float) -> None:

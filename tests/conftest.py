@@ -3,12 +3,15 @@
 import os
 from pathlib import Path
 
+# One thread, in NumPy and PyTorch, here and in every process that a test starts: sums have the same order on every
+# machine, and two workers of pytest-xdist don't fight over two cores. It counts before either is imported.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
 from fedhead.common.config import RunConfig, changed, make_config
 
-# One thread: sums in the same order on every machine, and two workers of pytest-xdist don't fight over two cores.
 torch.set_num_threads(1)
 
 

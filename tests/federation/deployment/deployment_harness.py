@@ -1,9 +1,12 @@
 """A federation of real processes on loopback, with TLS and node keys: its files, its commands, and what it left."""
 
 import contextlib
+import io
 import json
+import signal
 import socket
 import subprocess
+import sys
 import urllib.request
 import uuid
 from collections import Counter
@@ -16,6 +19,7 @@ from deployment_processes import PATIENCE, Process, end_all, until
 from deployment_proxy import Proxy
 from sklearn.datasets import load_digits
 
+from fedhead.cli import main
 from fedhead.common.privacy.ledger import Entry, Ledger
 from fedhead.server.keys import make_keys
 
@@ -120,11 +124,21 @@ class Federation:
         self.processes.append(process)
         return process
 
-    def run(self, *arguments: str | Path, seconds: float = PATIENCE) -> subprocess.CompletedProcess[str]:
-        """A command of fedhead that ends by itself."""
-        process = self.start(f"run-{len(self.processes)}", *arguments)
-        status = process.wait(seconds)
-        return subprocess.CompletedProcess([], status, process.out.read_text(), process.log.read_text())
+    def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        """A command that asks or refuses, in the process of the test: one of its own would import for seconds."""
+        before = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        out, err = io.StringIO(), io.StringIO()
+        sys.argv = ["fedhead", *map(str, arguments)]
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                main()
+        except SystemExit as ended:
+            status = ended.code or 0
+        finally:
+            sys.argv = before[0]
+            for number, handler in before[1].items():
+                signal.signal(number, handler)
+        return subprocess.CompletedProcess(sys.argv, status, out.getvalue(), err.getvalue())
 
     def serve(self) -> Process:
         """Start the server; it answers when this returns."""

@@ -83,9 +83,9 @@ def test_who_can_not_be_trusted_is_told_so_and_nothing_hangs(federation):
 def test_a_certificate_that_has_expired_is_neither_shown_nor_believed(federation):
     ours = federation(["north"])
     expire(ours.folder / "keys")
-    refused = ours.run("serve", ours.server_file)
-    assert refused.returncode == 2
-    assert "it ended on" in refused.stderr
+    refused = ours.start("serve", "serve", ours.server_file)
+    assert refused.wait() == 2
+    assert "it ended on" in refused.text()
     with shown(ours.folder / "keys") as port:  # a server that doesn't look at its own
         ours.write_holder("north", {"server": f"127.0.0.1:{port}"})
         process = ours.join("north")[0]

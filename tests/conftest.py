@@ -4,15 +4,20 @@ import os
 from pathlib import Path
 
 # One thread, in NumPy and PyTorch, here and in every process that a test starts: sums have the same order on every
-# machine, and two workers of pytest-xdist don't fight over two cores. It counts before either is imported.
+# machine, and the workers of pytest-xdist don't fight over two cores. It counts before either is imported.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from fedhead.common.config import RunConfig, changed, make_config
 
 torch.set_num_threads(1)
+
+# How long an example takes says something of the machine and of what else runs on it, and nothing of the code.
+settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session", autouse=True)

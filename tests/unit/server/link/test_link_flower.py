@@ -2,12 +2,16 @@
 
 import dataclasses
 import inspect
+import itertools
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from runpy import run_path
 
 import pytest
+from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 
@@ -113,3 +117,21 @@ def test_the_columns_that_are_asked_for():
         (MessageRes, {"message_id", "reply_to_message_id"}),
     ):
         assert names <= set(model.__table__.columns.keys())
+
+
+def test_tasks_without_a_sign_of_life_are_looked_for_at_times_and_not_at_every_request(tmp_path, monkeypatch):
+    bench = run_path(str(Path(__file__).with_name("link_bench.py")))
+    looked, look = [], SqlLinkState._cleanup_expired_task_tokens
+    monkeypatch.setattr(
+        SqlLinkState, "_cleanup_expired_task_tokens", lambda self: (looked.append(time.monotonic()), look(self))
+    )
+    monkeypatch.setattr(flower, "CLEAN_UP_SECONDS", 0.3)
+    state = bench["make_state"](tmp_path)
+    run = bench["make_run"](state)
+    requests, end = 0, time.monotonic() + 1.0
+    while time.monotonic() < end:
+        state.get_run_status({run})
+        requests += 1
+    assert requests > 10
+    assert 2 <= len(looked) <= 5
+    assert all(later - before >= 0.3 for before, later in itertools.pairwise(looked))

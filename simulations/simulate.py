@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from fedhead.common import progress
 from fedhead.common.config import RunConfig, changed, find_recipe
@@ -140,12 +141,13 @@ def cache_folder(state: str | Path | None) -> Path:
 
 @contextmanager
 def threads(exact: bool) -> Iterator[None]:
-    """One thread inside the block when the same bits are asked for."""
+    """One thread inside the block, of PyTorch and NumPy, when the same bits are asked for."""
     before = torch.get_num_threads()
     if exact:
         torch.set_num_threads(1)
     try:
-        yield
+        with threadpool_limits(1 if exact else None, user_api="blas"):
+            yield
     finally:
         torch.set_num_threads(before)
 

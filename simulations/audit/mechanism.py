@@ -122,9 +122,10 @@ def audit_mechanism(
         generator = np.random.default_rng(seed)
         planted = canaries_for(subject, canaries, generator)
         # one thread: thousands of small operations, in which several threads mostly wait for each other
-        with refusals(), threads(True):
-            seen = _look(subject, planted, generator, seed)
-    bounds, checks = verdicts(subject, seen)
+        with threads(True):
+            with refusals():
+                seen = _look(subject, planted, generator, seed)
+            bounds, checks = verdicts(subject, seen)
     return {
         **described(subject, planted, seen.main, name or "recipe"),
         "bounds": [bound.to_dict() for bound in bounds],

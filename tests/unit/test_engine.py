@@ -6,10 +6,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.supercore.task_identity import TaskIdentity
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from fedhead.common import protocol
 from fedhead.common.errors import Refused
 from fedhead.simulations.engine import SERVER_NODE, InProcessGrid, run_in_process
+from fedhead.simulations.simulate import threads
 
 
 @pytest.fixture(autouse=True)
@@ -168,3 +170,20 @@ def test_values_that_are_not_finite_are_refused():
     for value in (float("nan"), float("inf")):
         with pytest.raises(Refused):
             protocol.from_arrays(protocol.to_arrays({"a": torch.tensor([1.0, value])}), {"a": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_one_thread_inside_when_the_same_bits_are_asked_for(exact):
+    def counts():
+        return [one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas"], torch.get_num_threads()
+
+    try:
+        torch.set_num_threads(2)
+        with threadpool_limits(2, user_api="blas"):
+            before = counts()
+            assert set(before[0]) == {2}
+            with threads(exact):
+                assert counts() == (([1] * len(before[0]), 1) if exact else before)
+            assert counts() == before
+    finally:
+        torch.set_num_threads(1)

@@ -195,7 +195,11 @@ class Reference:
                     warnings.filterwarnings("ignore", message="There is a performance drop")
                     found: dict[str, Tensor] = torch.func.vmap(gradient, in_dims=(None, 0, 0, 0, 0))(*given)
                 return found
-            except (RuntimeError, ValueError, NotImplementedError):
+            except (
+                RuntimeError,
+                ValueError,
+                NotImplementedError,
+            ):  # not every head can be mapped: one by one, the same
                 self._one_by_one = True
         parameters, masks, *rest = given
         ones = [

@@ -140,7 +140,7 @@ def one(task: Task, holder: str, app: Callable[[Message, Context], Message]) -> 
 
     try:
         pulled = task.pull(holder)
-    except Exception:
+    except Exception:  # whatever it was: the node is told that the task is over, and the caller gets it
         task.finish(False)
         raise
     if pulled is None:
@@ -158,7 +158,7 @@ def one(task: Task, holder: str, app: Callable[[Message, Context], Message]) -> 
     without_times(reply, message)
     try:
         task.push(reply)
-    except Exception:
+    except Exception:  # as above
         task.finish(False)
         raise
     task.finish(True)

@@ -66,6 +66,11 @@ def judged(
     page : str
         The page of the documentation that lists the settings.
 
+    Returns
+    -------
+    SettingsFile
+        Of the type of `model`.
+
     Raises
     ------
     ConfigError

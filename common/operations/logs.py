@@ -221,6 +221,6 @@ def _plain(value: Any) -> Any:
         return value if math.isfinite(value) else str(value)
     try:
         text = str(value)
-    except Exception:
+    except Exception:  # a value's own __str__ may fail, and a log line must not
         text = f"<{type(value).__name__}>"
     return _cut(without_secrets(text))

@@ -135,9 +135,9 @@ def make_inner(database: str, host: str, port: int, token: str, secret: bytes) -
 def _clean_up_at_times(state: Any) -> None:
     """Have tasks without a sign of life be given up at most once a second.
 
-    Flower looks for them, in a transaction that writes, at every request for an object: 22 times a round and data holder
-    were counted, over 12 rounds of two. A task has a minute for its next sign of life, and the list of runs may say for
-    a second longer that it runs.
+    Flower looks for them, in a transaction that writes, at every request for an object: 22 times a round and data
+    holder were counted, over 12 rounds of two. A task has a minute for its next sign of life, and the list of runs may
+    say for a second longer that it runs.
     """
     clean_up, last = state._cleanup_expired_task_tokens, -math.inf
 

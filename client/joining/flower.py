@@ -6,6 +6,7 @@ What a stock node does, and what it does here:
     waits for the reply to a message that it lost        takes no such message
     follows redirects, decodes compressed answers        neither, and the length of an answer is bounded
     gives up, or ends, at a cut or an error              retry.py
+    drops a reply of which the server lacks an object    uploading.py
     loses its heartbeat at an unexpected answer          goes on with it, or ends and is started anew
     waits 3 s after a pull that brought nothing          only where the server answered at once, and didn't wait itself
     says how long training took                          0: a server sees when the reply comes, and nothing finer
@@ -43,6 +44,7 @@ from flwr.supernode.nodestate import NodeStateFactory
 
 from fedhead.client.joining.bounds import LARGEST_ANSWER, LONGEST_RECIPE, MOST_OBJECTS, RECIPE
 from fedhead.client.joining.retry import Retry
+from fedhead.client.joining.uploading import Upload
 from fedhead.client.joining.weighing import TOO_LARGE
 
 _NO_BUNDLE: Final = hashlib.sha256(b"").hexdigest()
@@ -263,7 +265,8 @@ class Loop:
 
     def push(self, original: Callable[..., None], **kwargs: Any) -> None:
         """Wait for the executor's reply and send it, in place of `_push_messages`."""
-        original(**kwargs)
+        upload = Upload(**{name: kwargs.pop(name) for name in ("object_store", "send", "push_object")})
+        original(object_store=upload.store, send=upload.send, push_object=upload.push_object, **kwargs)
         self._busy = False
 
     def sleep(self, seconds: float) -> None:

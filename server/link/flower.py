@@ -71,8 +71,8 @@ __all__ = [
     "PullMessagesRequest", "PullMessagesResponse", "PullObjectRequest", "PullObjectResponse", "PushMessagesRequest",
     "PushMessagesResponse", "PushObjectRequest", "PushObjectResponse", "Registration",
     "answer_unavailable", "create_node", "delete_node", "fleet_handlers", "fleet_router", "give_again",
-    "http_error_translator", "make_inner", "node_of_message", "open_messages", "registrations",
-    "tree_of",
+    "http_error_translator", "is_there", "make_inner", "node_of_message", "open_messages", "registrations",
+    "tree_of", "was_taken",
 ]  # fmt: skip
 
 PUBLIC_KEY_HEADER: Final = FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode()
@@ -312,3 +312,31 @@ def tree_of(state: Any, message_id: str) -> ObjectTree | None:
     except NoObjectInStoreError:
         return None
     return found
+
+
+def is_there(state: Any, node: int, object_id: str) -> bool:
+    """Whether an object is there with its bytes, as part of an answer of a node that the coordinator has yet to take.
+
+    An object's id is the SHA-256 of its bytes, and the store takes no others.
+    """
+    answers = (
+        select(MessageResModel.message_id)
+        .join(StoredObject, StoredObject.object_id == MessageResModel.message_id)
+        .where(MessageResModel.src_node_id == uint64_to_int64(node))
+    )
+    with state.session() as session:
+        if not session.scalar(select(StoredObject.is_available).where(StoredObject.object_id == object_id)):
+            return False
+        trees = [tree_of(state, str(name)) for name in session.scalars(answers).all()]
+    return any(part.object_id == object_id for tree in trees if tree is not None for part in _from_the_top(tree))
+
+
+def was_taken(state: Any, node: int, message_id: str) -> bool:
+    """Whether the coordinator has had an answer of a node in full; its objects are gone then."""
+    statement = select(MessageResModel.message_id).where(
+        MessageResModel.message_id == message_id,
+        MessageResModel.src_node_id == uint64_to_int64(node),
+        MessageResModel.delivered_at != "",
+    )
+    with state.session() as session:
+        return session.scalar(statement) is not None and tree_of(state, message_id) is None

@@ -9,15 +9,18 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from hashlib import sha256
 from typing import Any, Final
 
 from fedhead.server.link.flower import (
     ObjectTree,
     answer_unavailable,
     give_again,
+    is_there,
     node_of_message,
     open_messages,
     tree_of,
+    was_taken,
 )
 
 MOST_OBJECTS: Final = 4096  # of one message; fedhead's have fewer than ten
@@ -79,6 +82,13 @@ class Post:
             self._fetchable[node] = self._fetchable.get(node, frozenset()) | found
         return name in found
 
+    def may_confirm(self, node: int, name: str) -> bool:
+        """Whether a message is one that a node may have received.
+
+        One that is open but has no objects any more was confirmed already: the answer to that was lost.
+        """
+        return self.may_fetch(node, name) or any(item.id == name for item in open_messages(self._state, node))
+
     def may_answer(self, node: int, metadata: Any) -> bool:
         """Whether an answer is a node's own, to a message that was for it; one to no message is dropped later."""
         if metadata.src_node_id != node or not metadata.reply_to_message_id:
@@ -107,6 +117,14 @@ class Post:
                 return False
             brought[name] = size
         return True
+
+    def has_brought(self, node: int, name: str, content: bytes) -> bool:
+        """Whether an object of a node's answer is here: brought again, as the answer to an earlier try was lost."""
+        return sha256(content).hexdigest() == name and is_there(self._state, node, name)
+
+    def has_answered(self, node: int, name: str) -> bool:
+        """Whether the coordinator has had all of an answer of a node, so that nothing of it is to be brought again."""
+        return was_taken(self._state, node, name)
 
 
 def objects_of(tree: ObjectTree) -> Iterator[str]:

@@ -141,6 +141,9 @@ def _routes(state: Any, bell: Bell, post: Post) -> APIRouter:
             raise HTTPException(413, TOO_LARGE)
         if request.message_object_trees[0].object_id != request.messages_list[0].metadata.message_id:
             raise HTTPException(403, NOT_YOURS)  # the objects of another answer could follow without end
+        name = request.messages_list[0].metadata.message_id
+        if post.has_answered(node, name):
+            return PushMessagesResponse(results={name: 0})
         post.answered(node, request.messages_list[0].metadata.reply_to_message_id)
         return fleet_handlers.push_messages(request=request, state=state)
 
@@ -148,7 +151,11 @@ def _routes(state: Any, bell: Bell, post: Post) -> APIRouter:
     def push_object(request: Annotated[PushObjectRequest, PROTOBUF_REQUEST_DEPENDENCY]) -> PushObjectResponse:
         if not post.may_bring(request.node.node_id, request.object_id, len(request.object_content)):
             raise HTTPException(413, TOO_LARGE)
-        return fleet_handlers.push_object(request=request, state=state)
+        answer = fleet_handlers.push_object(request=request, state=state)
+        # Flower takes an object once. When the answer to that is lost, the node brings it again.
+        if not answer.stored and post.has_brought(request.node.node_id, request.object_id, request.object_content):
+            return PushObjectResponse(stored=True)
+        return answer
 
     @router.post("/pull-object")
     def pull_object(request: Annotated[PullObjectRequest, PROTOBUF_REQUEST_DEPENDENCY]) -> PullObjectResponse:
@@ -160,7 +167,7 @@ def _routes(state: Any, bell: Bell, post: Post) -> APIRouter:
     def confirm_message_received(
         request: Annotated[ConfirmMessageReceivedRequest, PROTOBUF_REQUEST_DEPENDENCY],
     ) -> ConfirmMessageReceivedResponse:
-        if not post.may_fetch(request.node.node_id, request.message_object_id):
+        if not post.may_confirm(request.node.node_id, request.message_object_id):
             raise HTTPException(403, NOT_YOURS)
         return fleet_handlers.confirm_message_received(request=request, state=state, store=state.object_store)
 

@@ -124,6 +124,8 @@ class ScriptedNode(threading.Thread):
         super().__init__(daemon=True)
         self.answer, self.ended = answer, threading.Event()
         self.received: list[Message] = []
+        self.losing = False  # the answer to every object that it brings, once
+        self.dropped: list[str] = []  # replies that the server has not taken
         key = serialization.load_ssh_private_key((served.folder / "keys" / f"{name}.key").read_bytes(), None)
         self.public = key.public_key().public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -208,11 +210,20 @@ class ScriptedNode(threading.Thread):
             node=self.node, messages_list=[outer], message_object_trees=[get_object_tree(reply)],
             clientapp_runtime_list=[0.0],
         )  # fmt: skip
-        answer = self.again(lambda: self.client.PushMessages(request))
         objects = get_all_nested_objects(reply)
-        for name in list(answer.objects_to_push)[:most]:
-            push = PushObjectRequest(
-                node=self.node, run_id=message.metadata.run_id, object_id=name, session_id=answer.session_id,
-                object_content=objects[name].deflate(),
-            )  # fmt: skip
-            self.again(lambda push=push: self.client.PushObject(push))
+        for _ in range(3):
+            answer = self.again(lambda: self.client.PushMessages(request))
+            wanted = list(answer.objects_to_push)[:most]
+            run, session = message.metadata.run_id, answer.session_id
+            if all(self._bring(run, session, name, objects[name].deflate()) for name in wanted):
+                return
+        self.dropped.append(reply.object_id)
+
+    def _bring(self, run: int, session: str, name: str, content: bytes) -> bool:
+        """Upload an object; whether the server has taken it."""
+        request = PushObjectRequest(
+            node=self.node, run_id=run, object_id=name, session_id=session, object_content=content
+        )
+        for _ in range(1 + self.losing):
+            stored = self.again(lambda: self.client.PushObject(request)).stored
+        return bool(stored)

@@ -50,7 +50,7 @@ def served(tmp_path_factory):
 def session(served):
     """A session with both nodes connected and answering at once."""
     for node in served.nodes:
-        node.answer = Node.reply
+        node.answer, node.losing = Node.reply, False
         node.received.clear()
     with Session(served.server, '{"training": {"rounds": 3}}') as found:
         until(lambda: [one.online for one in found.registered()] == [True, True], "both nodes are connected")
@@ -71,10 +71,13 @@ def good(replies):
 def test_an_exchange(served, session):
     assert [(one.name, one.online) for one in session.registered()] == [("north", True), ("south", True)]
     assert sorted(session.grid.get_node_ids()) == sorted(node.node.node_id for node in served.nodes)
-    for _ in range(2):
+    for losing in (False, True):  # answers to the uploads of a reply
+        for node in served.nodes:
+            node.losing = losing
         messages = instructions(served)
         replies = session.grid.send_and_receive(messages, timeout=90)
         assert good(replies) == 2
+        assert [node.dropped for node in served.nodes] == [[], []]
         assert {reply.metadata.src_node_id for reply in replies} == {node.node.node_id for node in served.nodes}
     found = status_of(served.server)
     assert [(one["name"], one["online"]) for one in found["holders"]] == [("north", True), ("south", True)]

@@ -62,6 +62,8 @@ def test_the_parts_are_still_where_they_are_replaced():
     # all are called by name, with keywords, in the one loop
     for name in ("_pull_and_store_message", "_push_messages"):
         assert len(re.findall(rf"\b{name}\b", node)) == 2  # its definition and its one call
+    parameters = inspect.signature(start_client_internal._push_messages).parameters
+    assert {"object_store", "send", "push_object"} <= set(parameters)
     parameters = inspect.signature(start_client_internal._pull_and_store_message).parameters
     assert {"receive", "get_fab", "get_run"} <= set(parameters)
     assert "max_time" in inspect.signature(start_client_internal.pull_objects).parameters
@@ -214,7 +216,7 @@ def test_a_node_ends_after_the_reply_to_the_message_under_way():
     assert loop.pull(original, receive=lambda: "message") == 7
     assert calls == ["arrived"]
     loop.interrupt(signal.SIGTERM, None)  # a message is under way
-    loop.push(lambda: calls.append("pushed"))
+    loop.push(lambda **_: calls.append("pushed"), object_store={}, send=None, push_object=None)
     with pytest.raises(SystemExit):
         loop.pull(original, receive=lambda: calls.append("asked again"))
     assert calls == ["arrived", "pushed"]

@@ -10,7 +10,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -79,6 +79,8 @@ class Deployed:
         Seconds that a round may take.
     told : callable
         Called after every round with the rounds so far, and the last metrics.
+    declared : mapping
+        Holder -> the public constant that it divides by, where that is not the recipe's.
     """
 
     names: Sequence[str]
@@ -86,6 +88,7 @@ class Deployed:
     least: int
     deadline: float
     told: Callable[[Rounds, Mapping[str, float]], None]
+    declared: Mapping[str, int] = field(default_factory=dict)
 
 
 class Coordinator:
@@ -145,7 +148,7 @@ class Coordinator:
         rounds = Rounds(cohorts, roster, plan.request, like, uniform=config.strategy.weights == "uniform")
         rounds.run = plan.run
         if deployed is not None:
-            rounds.least, rounds.deadline = deployed.least, deployed.deadline
+            rounds.least, rounds.deadline, rounds.declared = deployed.least, deployed.deadline, deployed.declared
         rounds.central = central_of(config, plan.noise_multiplier, cohorts.holders, self.out, self.desk.simulated)
         try:
             head = self._rounds(rounds, plan, self._strategy(rounds), like)
@@ -242,7 +245,9 @@ class Coordinator:
         if metrics is None or not record.counts:
             return {}
         counts = [record.counts[name] for name in sorted(record.counts)]
-        found = estimate(counts, self.desk.declared[0], metrics.fraction, metrics.noise_multiplier)
+        own = {} if self.deployed is None else self.deployed.declared
+        declared = [own.get(name, self.desk.declared[0]) for name in sorted(record.counts)]
+        found = estimate(counts, declared, metrics.fraction, metrics.noise_multiplier)
         return {} if found is None else {"noised": found.to_row()}
 
     def _result(self, rounds: Rounds, plan: Plan, final: dict[str, float], seconds: float) -> Result:
@@ -285,5 +290,5 @@ class Coordinator:
                 "training_seconds": holder_seconds,
                 "server_seconds": seconds - holder_seconds,
             },
-            notes=[],
+            notes=[rounds.notes[name] for name in sorted(rounds.notes)],
         )

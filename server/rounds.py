@@ -7,6 +7,7 @@ of arrival, and writes down what the round cost.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch import Tensor
 from fedhead.common import protocol
 from fedhead.common.errors import InputError, Refused, RunError
 from fedhead.common.privacy.events import (
+    MOST_STEPS,
     CountEvent,
     Event,
     GaussianEvent,
@@ -36,6 +38,8 @@ from fedhead.server.central import Central
 from fedhead.server.cohorts import Cohorts
 from fedhead.server.marks import newest
 from fedhead.server.roster import Roster
+
+log = logging.getLogger("fedhead.server")
 
 ROUNDS_WITHOUT_UPDATE = 3
 ABSENT, SILENT = "not connected when the round began", "no reply arrived"
@@ -88,6 +92,11 @@ class Rounds:
         Seconds after which a round is over: replies that come later don't count, and a holder doesn't begin it.
     again : int or None
         The round that an earlier start of the run may have asked: a holder that can't be asked now may have spent it.
+    declared : mapping or None
+        Holder -> the public constant that it divides by in place of the request's, and that its update weighs here;
+        None in a simulation.
+    notes : dict of str to str
+        Holder -> what a reader should know of its weight.
     """
 
     cohorts: Cohorts
@@ -103,6 +112,8 @@ class Rounds:
     run: str = ""
     deadline: float | None = None
     again: int | None = None
+    declared: Mapping[str, int] | None = None
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 def around(base: type[FedAvg], options: Mapping[str, Any], rounds: Rounds) -> FedAvg:
@@ -192,7 +203,7 @@ class _InRounds(FedAvg):
     def _usable(self, replies: list[Message], record: RoundRecord) -> list[Message]:
         good: list[tuple[str, Message]] = []
         names = {node: name for name, node in self._nodes.items()}
-        wanted = 1 if self.rounds.uniform else self.rounds.request(record.round).declared_records
+        asked = self.rounds.request(record.round).declared_records
         spent = _asked(self.rounds.request(record.round))
         heard = {reply.metadata.src_node_id for reply in replies}
         missed = [name for name in sorted(self._nodes) if self._nodes[name] not in heard]
@@ -217,6 +228,9 @@ class _InRounds(FedAvg):
                 if name not in self._nodes:
                     continue  # the link's word for a node that is among the missed
                 record.refused.append({"holder": name, "code": code, "text": text})
+                mark = protocol.read_mark(reply)
+                if mark is not None:
+                    self.rounds.marks = newest(self.rounds.marks, {name: mark})
                 # it may have been charged, or released: what was asked counts as spent
                 if code not in UNSPENT or (again and code in (NOT_READY, OLD_LEDGER)):
                     record.events[name] = spent
@@ -224,6 +238,7 @@ class _InRounds(FedAvg):
             record.bytes_up += protocol.payload_bytes(reply.content)
             # A release that arrived was spent, whatever becomes of it, so its event counts before anything is checked.
             record.events[name] = [_event(reply, spent[0]), *spent[1:]]
+            wanted = self._weight(name, asked)
             mark, count = protocol.read_mark(reply), protocol.read_count(reply)
             if mark is not None:
                 self.rounds.marks = newest(self.rounds.marks, {name: mark})
@@ -238,17 +253,33 @@ class _InRounds(FedAvg):
                     continue
                 weight = wanted
             if weight != wanted:
+                self._note(name, weight, wanted)
                 protocol.set_weight(reply, wanted)
             good.append((name, reply))
         return [reply for _, reply in sorted(good, key=lambda pair: pair[0])]
+
+    def _weight(self, name: str, asked: int) -> int:
+        """What a holder's update weighs; never what its reply says, which would let it outweigh all others."""
+        if self.rounds.uniform:
+            return 1
+        return asked if self.rounds.central is not None else (self.rounds.declared or {}).get(name, asked)
+
+    def _note(self, name: str, said: int | float, weight: int) -> None:
+        """Say once in a run that a holder divides by another constant than its update is weighed by."""
+        if self.rounds.declared is None or self.rounds.uniform or self.rounds.central or name in self.rounds.notes:
+            return
+        self.rounds.notes[name] = note = _weight_note(name, said, weight)
+        log.warning("%s", note)
 
     def _stop_if_alone(self, record: RoundRecord) -> None:
         least = self.rounds.least
         if record.holders >= least:
             return
         recent = self.rounds.history[-ROUNDS_WITHOUT_UPDATE:]
-        # who was cut off may come back, where anybody may
-        silent = self.rounds.deadline is not None and any(item["text"] in (ABSENT, SILENT) for item in record.refused)
+        # who was cut off or restarted may come back, where anybody may
+        silent = self.rounds.deadline is not None and any(
+            item["text"] in (ABSENT, SILENT) or (item["code"] and item["code"] not in TEXTS) for item in record.refused
+        )
         if (len(self.rounds.history) == 1 and not silent) or (
             len(recent) == ROUNDS_WITHOUT_UPDATE and not any(past.holders >= least for past in recent)
         ):
@@ -280,6 +311,16 @@ def _event(reply: Message, asked: str) -> str:
         return asked
     # Other sampling than was asked for: a different one each round would keep the accountant busy for hours.
     return (NoPrivacyEvent(said.steps) if isinstance(said, PoissonEvent) else said).to_json()
+
+
+def _weight_note(name: str, said: int | float, weight: int) -> str:
+    if not isinstance(said, int) or not 1 <= said <= MOST_STEPS:
+        return f"{name} sent a weight that is no number of records; its updates weigh {weight}."
+    return (
+        f"{name} divides by {said} records and its updates weigh {weight}: each of its records counts "
+        f"{weight / said:.3g} times as much as it should. Set declared_records.{name} = {said} in server.toml, or ask "
+        f"{name} for limits.release.declared_records = {weight}."
+    )
 
 
 def _sender(reply: Message) -> int:

@@ -5,6 +5,7 @@ control                   where the coordinator's own commands connect; loopback
 holders                   public key files of the data holders; the name of a file is the holder's name
 state                     folder of the database, the tokens and the state of the run
 least_holders, ...        what a run waits for
+declared_records          what the updates of single holders weigh
 
 Nothing here imports Flower or PyTorch, so that the commands that only ask are quick.
 """
@@ -17,16 +18,17 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 from pydantic import Field
 
-from fedhead.common.config.faults import fault
+from fedhead.common.config.faults import fault, setting_name
 from fedhead.common.config.files import SettingsFile, judged
 from fedhead.common.config.names import NAME_RULE, is_name
 from fedhead.common.config.places import HOST_RULE, address_of, is_host, path_from
 from fedhead.common.config.tables import read_toml
 from fedhead.common.errors import ConfigError, InputError
+from fedhead.common.privacy.events import MOST_STEPS
 from fedhead.server.credentials import CURVES, pair_fault, public_key_pem
 
 __all__ = ["ServerFile", "address_of", "load_server", "make_server"]
@@ -63,6 +65,11 @@ class ServerFile(SettingsFile):
     )
     holders_deadline: float = Field(
         600.0, ge=1, le=604_800, description="Seconds that a run waits for least_holders to be there."
+    )
+    declared_records: dict[str, Annotated[int, Field(ge=1, le=MOST_STEPS)]] | None = Field(
+        None,
+        description="Public constants of the data holders that divide by one of their own: name and number, the "
+        "weight of its updates. Default: the recipe's, for all.",
     )
     metrics: str | None = Field(
         None, pattern=_ADDRESS, description="Where this machine's monitoring reads figures; loopback. Default: nowhere."
@@ -155,6 +162,7 @@ class _Parts:
     certificates: str | None = None
     holders: list[str] | None = None
     least_holders: int | None = None
+    declared_records: dict[str, int] | None = None
 
 
 def load_server(path: str | Path) -> ServerFile:
@@ -294,4 +302,19 @@ def _least(parts: _Parts, _: Path) -> Iterator[str]:
         )  # fmt: skip
 
 
-_RULES: tuple[Callable[[_Parts, Path], Iterator[str]], ...] = (_addresses, _certificates, _holders, _least)
+def _declared(parts: _Parts, _: Path) -> Iterator[str]:
+    if parts.holders is None:
+        return
+    names = sorted({Path(text).stem for text in parts.holders})
+    for name, count in (parts.declared_records or {}).items():
+        if name not in names:
+            yield fault(
+                setting_name(("declared_records", name), {}), count,
+                f"it must be the name of a holder: {', '.join(names)}",
+                "Correct it, or list its public key in holders.",
+            )  # fmt: skip
+
+
+_RULES: tuple[Callable[[_Parts, Path], Iterator[str]], ...] = (
+    _addresses, _certificates, _holders, _least, _declared,
+)  # fmt: skip

@@ -77,7 +77,8 @@ class ReleaseLimits(Table):
         None,
         ge=1,
         description="A public constant that stands for the number of units, as divisor and weight, instead of the "
-        "request's. Never the true count.",
+        "request's. Never the true count. In a deployment the coordinator's server.toml must have the same number in "
+        "`declared_records`: it weighs by that.",
     )
 
 
@@ -93,12 +94,13 @@ class Limits(Table):
     backbones: list[Annotated[str, Field(pattern=r"^(sha256:)?[0-9a-f]{64}$")]] | None = Field(
         None, description="Digests of the backbones that are accepted, `sha256:...`. Default: any."
     )
-    heads: list[Literal["linear", "mlp", "module", "unfrozen"]] = Field(
+    heads: list[Literal["linear", "mlp", "module", "unfrozen", "unnormalized"]] = Field(
         ["linear"],
         min_length=1,
-        description="What may be trained. For a `linear` head the bound on what one unit changes is proved, rounding "
-        "included. For others (`unfrozen`: blocks of the backbone) a server that chooses the weights can carry "
-        "rounding beyond it: name them only for servers that you trust that far. Deployment only.",
+        description="What may be trained. For a `linear` head with cross-entropy on features of length 1 the bound on "
+        "what one unit changes is proved, rounding included. For others (`unfrozen`: blocks of the backbone; "
+        "`unnormalized`: `model.features.normalize = false`) a server that chooses the weights can carry rounding "
+        "beyond it: name them only for servers that you trust that far. Deployment only.",
     )
     modules: list[str] = Field(
         default_factory=list,
@@ -122,7 +124,13 @@ class Limits(Table):
         3600.0,
         gt=0,
         description="Longest time for training in one round, in a deployment: then the training process is ended and "
-        "started anew. The round stays spent.",
+        "started anew. The round stays spent. It never has longer than the coordinator waits for its answer.",
+    )
+    prepare_seconds: float = Field(
+        86_400.0,
+        gt=0,
+        description="Longest time to open the records and compute their features when a recipe arrives, in a "
+        "deployment: then the recipe is refused as one whose records can't be opened.",
     )
     exact_noise_seconds: float = Field(
         5.0,

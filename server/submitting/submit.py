@@ -92,7 +92,7 @@ def submit(
             outcome.result,
             name=name,
             timing={**outcome.result.timing, "total_seconds": earlier + time.perf_counter() - started - total},
-            notes=notes_of(config, outcome.result),
+            notes=[*notes_of(config, outcome.result), *outcome.result.notes],
         )
         # A folder with a result.json is taken for a whole run, which can't be resumed: it comes last.
         save_model(folder / "model", desk.trainable, desk.config, desk.backbone, desk.task)
@@ -146,7 +146,9 @@ def _coordinator(
             _log(rounds.history[-1], told.rounds)
         told.tell("running", number, roster.names(), metrics, rounds.run, session.flower_run)
 
-    deployed = Deployed(sorted(server.public_keys), roster, server.least_holders, deadline, after_round)
+    deployed = Deployed(
+        sorted(server.public_keys), roster, server.least_holders, deadline, after_round, server.declared_records or {}
+    )
     return Coordinator(desk, session.grid, key, folder, resumed, server.marks_file, deployed)
 
 

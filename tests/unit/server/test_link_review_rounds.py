@@ -131,6 +131,25 @@ def test_too_few_updates_again_and_again_end_the_run():
     assert len(held({**answers, "west": GOOD["west"]}, least=2, rounds=5).history) == 5
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_node_that_is_restarted_in_the_first_round_does_not_end_the_run(times):
+    """All holders are needed; in the first round the node process of one of them is ended, and comes back."""
+    left = [restarted] * times
+
+    def south(message):
+        return (left.pop() if left else GOOD["south"])(message)
+
+    found = held({**GOOD, "south": south}, least=3, rounds=3)
+    assert [record.holders for record in found.history] == [2] * times + [3] * (3 - times)
+    with pytest.raises(RunError, match="round 3 got 2 of at least 3 updates"):
+        held({**GOOD, "south": restarted}, least=3, rounds=5)
+
+
+def test_an_update_that_can_not_be_used_ends_the_run_in_the_first_round():
+    with pytest.raises(RunError, match="round 1 got 2 of at least 3 updates"):
+        held({**GOOD, "south": lambda message: protocol.hello(message, "south")}, least=3, rounds=5)
+
+
 def test_an_older_mark_does_not_replace_a_newer_one():
     seen = {"north": Mark(7, "a" * 64)}
     older = {**GOOD, "north": released("north", mark=Mark(3, "b" * 64))}

@@ -63,6 +63,22 @@ def test_all_faults_come_at_once_one_line_each(folder, raw):
     assert 'Did you mean "address"?' in next(line for line in faults if line.startswith("adress"))
 
 
+def test_constants_of_single_holders(folder, raw):
+    assert make_server(raw, folder).declared_records is None
+    assert make_server(raw | {"declared_records": {"south": 4000}}, folder).declared_records == {"south": 4000}
+    counts = {"south": 0, "north": 2.5, "st mary": 10, "west": 2**60}
+    faults = faults_of(raw | {"declared_records": counts}, folder)
+    assert [line.split(" is ")[0] for line in faults] == [
+        "declared_records.south", "declared_records.north", "declared_records.west",
+    ]  # fmt: skip
+    faults = faults_of(raw | {"declared_records": {"st mary": 10}}, folder)
+    assert faults == (
+        'declared_records."st mary" is 10: it must be the name of a holder: north, south. '
+        "Correct it, or list its public key in holders.",
+    )  # fmt: skip
+    assert faults_of(raw | {"declared_records": 10}, folder)[0].startswith("declared_records is 10: it must be a table")
+
+
 def test_missing_settings_name_the_right_page(folder):
     faults = faults_of({}, folder)
     assert [line.split(" ")[0] for line in faults] == ["certificates", "holders"]

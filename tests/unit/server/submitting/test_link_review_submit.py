@@ -129,21 +129,22 @@ def test_a_folder_without_a_model_is_not_taken_for_a_whole_run(config, server_fi
         module, "replace", lambda *_, **__: SimpleNamespace(write=lambda f: (f / "result.json").touch())
     )
     monkeypatch.setattr(module, "notes_of", lambda *_: [])
-    monkeypatch.setattr(outcome, "result", SimpleNamespace(timing={}))
+    monkeypatch.setattr(outcome, "result", SimpleNamespace(timing={}, notes=[]))
     monkeypatch.setattr(module, "save_model", killed)
     with pytest.raises(Ended, match="False"):
         go(config, server_file, out)
 
 
-def test_the_time_of_earlier_starts_counts(config, server_file, tmp_path, monkeypatch):
+def test_the_time_of_earlier_starts_and_the_notes_of_the_rounds_count(config, server_file, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     history = [RoundRecord(1, seconds=100.0), RoundRecord(2, seconds=200.0)]
     Checkpoint(to_json(config), "r", 2, {"w": torch.zeros(1)}, {}, history, {}).write(out)
     desk = SimpleNamespace(timing={}, trainable=None, config=config, backbone=None, task=None)
     monkeypatch.setattr(module, "prepare_deployed", lambda _: desk)
-    monkeypatch.setattr(module, "_hold", lambda *_: SimpleNamespace(result=SimpleNamespace(timing={})))
-    monkeypatch.setattr(module, "notes_of", lambda *_: [])
+    found = SimpleNamespace(timing={}, notes=["of a weight"])
+    monkeypatch.setattr(module, "_hold", lambda *_: SimpleNamespace(result=found))
+    monkeypatch.setattr(module, "notes_of", lambda *_: ["of all"])
     monkeypatch.setattr(module, "save_model", lambda *_: None)
     given = {}
 
@@ -154,6 +155,7 @@ def test_the_time_of_earlier_starts_counts(config, server_file, tmp_path, monkey
     monkeypatch.setattr(module, "replace", replaced)
     go(config, server_file, out, resume=True)
     assert 300 <= given["timing"]["total_seconds"] < 360
+    assert given["notes"] == ["of all", "of a weight"]
 
 
 def test_a_stop_is_noticed_while_nobody_is_connected(link, server_file):

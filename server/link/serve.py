@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fedhead")
 
 _SOON: Final = 30  # days before the certificate's end from which on there is a warning
+_LASTING: Final = ("address", "control", "metrics", "message_megabytes")
 _POLLED: Final = 0.02  # seconds between looks for whether both servers have started
 _LOOKED: Final = 2.0  # seconds between looks for which data holders are there
 
@@ -142,7 +143,10 @@ class _Link:
         self.public.should_exit = self.private.should_exit = True
 
     def reload(self) -> None:
-        """Take in the keys and the certificate as they are now; where they have faults all stays as it was."""
+        """Take in the keys and the certificate as they are now; where they have faults all stays as it was.
+
+        Of the other settings those that this process uses stay what they were when it began.
+        """
         try:
             server = load_server(self.path)
             if server.folder != self.server.folder:
@@ -162,6 +166,9 @@ class _Link:
             log.error("new keys could not be registered (%s). Send SIGHUP again.", type(error).__name__)
             return
         log.info("keys and certificate were read again; %s", self._registered())
+        changed = [name for name in _LASTING if getattr(server, name) != getattr(self.server, name)]
+        if changed:
+            log.warning("what changed of %s counts from the next start on. Restart the server.", ", ".join(changed))
 
     async def _tell(self, on_ready: Callable[[], None] | None) -> None:
         """Say when both servers answer, and from then on who comes and goes."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
@@ -14,7 +16,7 @@ from rich.text import Text
 from fedhead.common.errors import RunError
 from fedhead.server.server_file import ServerFile
 from fedhead.server.submitting.commands import Commands, Seen
-from fedhead.server.submitting.lock import held
+from fedhead.server.submitting.lock import held, owner_of
 from fedhead.server.submitting.waiting import LinkLost, TimeUp
 
 _SECONDS: Final = 5.0  # that the server has for an answer
@@ -72,15 +74,18 @@ def status_of(server: ServerFile) -> dict[str, Any]:
 def stop_run(server: ServerFile) -> dict[str, Any]:
     """Stop the run under way; its process ends at its next request, and its checkpoint stays.
 
+    A run that the server doesn't know of at the moment, as it is being prepared or begins anew, is stopped by SIGTERM
+    to its process.
+
     Returns
     -------
     found : dict
-        ``stopped``: Flower's numbers of the runs that were stopped.
+        ``stopped``: Flower's numbers of the runs that were stopped; ``process``: the one that got a signal, or None.
 
     Raises
     ------
     RunError
-        The server doesn't run, or no run is under way.
+        The server doesn't run, no run is under way, or it has held its last round.
     InputError
         The server's files can't be used, or belong to another server.
     """
@@ -93,14 +98,30 @@ def stop_run(server: ServerFile) -> dict[str, Any]:
         raise LinkLost(f"the server at {server.control} gave no answer within {_SECONDS:.0f} s. See its log.") from None
     finally:
         commands.close()
-    if not stopped:
+    return {"stopped": stopped, "process": None if stopped else _end(server)}
+
+
+def _end(server: ServerFile) -> int:
+    """End the process of a run that the server doesn't know of."""
+    run, process = _run(server), owner_of(server.submit_lock)
+    if run is None or run.get("state") not in _UNDER_WAY:
         raise RunError('no run is under way. "fedhead status --server SERVER.toml" shows the last ones.')
-    return {"stopped": stopped}
+    if run.get("round") == run.get("rounds"):
+        raise RunError("the run has held its last round, and writes its results. Wait for it.")
+    if process is None:
+        raise RunError("the run is being prepared by a process that can't be seen from here. End it where it runs.")
+    try:
+        os.kill(process, signal.SIGTERM)
+    except OSError as error:
+        raise RunError(
+            f"the run's process {process} can't be ended ({error.strerror}). Run this as the user that it runs as."
+        ) from error
+    return process
 
 
 def show_status(found: Mapping[str, Any]) -> None:
     """What `status_of` found, on stdout."""
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False, emoji=False)
     plain, now = out.options.ascii_only, time.time()
     reachable = found["reachable"]
     out.print(

@@ -141,6 +141,11 @@ class DeployedGrid(Grid):
 
         Each reply is given once. An error takes the place of a reply whose node is gone, whose message is past its
         ttl, whose objects its sender never uploaded, or which is not what its envelope says.
+
+        Raises
+        ------
+        TimeUp
+            The server is away at the caller's deadline. Replies that are complete by then are given by the next call.
         """
         wanted = {message for message in message_ids if message}
         self._forget(wanted)
@@ -152,7 +157,7 @@ class DeployedGrid(Grid):
                     self._arriving[envelope.metadata.reply_to_message_id] = _Arriving(envelope, tree)
         here = [self._arriving[message] for message in sorted(wanted & set(self._arriving))]
         self._fetch(here)
-        return [self._take(reply) for reply in here if reply.complete]
+        return self._taken(wanted)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send messages and gather the replies.
@@ -198,7 +203,7 @@ class DeployedGrid(Grid):
                     blocked = any(message in self._arriving for message in open_)
                     self._waiting.pause(_OBJECT_SECONDS if blocked else POLL_SECONDS)
             except TimeUp:
-                pass
+                replies += self._taken(open_, confirm=False)
             finally:
                 for name in open_:
                     self._arriving.pop(name, None)
@@ -251,23 +256,37 @@ class DeployedGrid(Grid):
         while jobs := [(reply, name) for reply in replies if not reply.complete for name in reply.missing[:_SHARE]]:
             for reply in replies:
                 reply.blocked = False
-            each(pull, jobs)
-            for reply in replies:
-                reply.missing = [name for name in reply.missing if name not in reply.contents]
+            try:
+                each(pull, jobs)
+            finally:
+                for reply in replies:
+                    reply.missing = [name for name in reply.missing if name not in reply.contents]
             if any(reply.blocked or reply.complete for reply in replies) or time.monotonic() > until:
                 return
 
-    def _take(self, reply: _Arriving) -> Message:
-        """Give a complete reply out, and have the server free its space."""
-        message = reply.message(self._largest)
-        outer = reply.envelope.metadata
-        self._client.ConfirmMessageReceived(
-            flower.ConfirmMessageReceivedRequest(
-                node=self._node, run_id=self.run.run_id, message_object_id=outer.message_id
-            )
+    def _taken(self, wanted: Collection[str], *, confirm: bool = True) -> list[Message]:
+        """Give the replies out that are complete, and have the server free their space.
+
+        A server that is away at the deadline frees it at the run's end; the replies count all the same.
+        """
+        found = []
+        for name in sorted(wanted):
+            reply = self._arriving.get(name)
+            if reply is not None and reply.complete:
+                found.append(reply.message(self._largest))
+                del self._arriving[name]
+                confirm = confirm and self._confirmed(reply)
+        return found
+
+    def _confirmed(self, reply: _Arriving) -> bool:
+        request = flower.ConfirmMessageReceivedRequest(
+            node=self._node, run_id=self.run.run_id, message_object_id=reply.envelope.metadata.message_id
         )
-        del self._arriving[outer.reply_to_message_id]
-        return message
+        try:
+            self._client.ConfirmMessageReceived(request)
+        except TimeUp:
+            return False
+        return True
 
     def _forget(self, wanted: Collection[str]) -> None:
         """Drop replies that nobody asks for: those of an hour ago, and the oldest while they take too much memory."""

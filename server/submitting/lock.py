@@ -40,9 +40,9 @@ class SubmitLock:
         until = time.monotonic() + _SECONDS
         while not _take(self._handle, fcntl.LOCK_EX):
             if time.monotonic() > until:
-                with open(self._handle, encoding="ascii", errors="replace") as file:
-                    owner = file.read(20).strip()
-                whose = f" (process {owner})" if owner.isdigit() else ""
+                os.close(self._handle)
+                owner = owner_of(path)
+                whose = "" if owner is None else f" (process {owner})"
                 raise RunError(
                     f'another run is under way{whose}. Wait for it, or run "fedhead stop --server SERVER.toml".'
                 )
@@ -60,6 +60,34 @@ class SubmitLock:
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
+
+
+def owner_of(path: Path) -> int | None:
+    """The process that has the lock, as it says in the file.
+
+    None where nobody has it, where it hasn't said so yet, or where that number is another process here: the lock is
+    then held from within a container, which counts processes anew.
+    """
+    if not held(path):
+        return None
+    try:
+        text = path.read_bytes()[:20].strip()
+        if not text.isdigit():
+            return None
+        number, lock = int(text), path.stat()
+        handles = Path(f"/proc/{number}/fd")
+        if not Path("/proc/self/fd").is_dir() or any(_is(handle, lock) for handle in handles.iterdir()):
+            return number
+    except OSError:
+        pass
+    return None
+
+
+def _is(handle: Path, file: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(handle.stat(), file)
+    except OSError:  # closed since
+        return False
 
 
 def held(path: Path) -> bool:

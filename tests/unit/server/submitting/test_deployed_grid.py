@@ -44,6 +44,7 @@ class FakeRuntime:
         self.messages: dict[str, Message] = {}
         self.replies: dict[str, tuple] = {}
         self.held: set[str] = set()  # objects of replies that are not uploaded yet
+        self.replies_of: dict[int, set[str]] = {}  # node -> objects of its last reply
         self.refused_pushes = 0
         self.answer = self.plain
         link.answers.update(
@@ -80,6 +81,7 @@ class FakeRuntime:
         proto.metadata.message_id = reply.object_id
         for name, part in get_all_nested_objects(reply).items():
             self.stored[name] = part.deflate()
+        self.replies_of[message.metadata.dst_node_id] = set(get_all_nested_objects(reply))
         self.replies[message.metadata.message_id] = (proto, get_object_tree(reply))
 
     def pull(self, body):
@@ -187,6 +189,26 @@ def test_the_timeout_is_kept_while_the_server_is_away(grid, runtime):
     replies = grid.send_and_receive(instructions(), timeout=2.5)
     assert [reply.metadata.src_node_id for reply in replies] == [11]
     assert time.monotonic() - began < 8
+
+
+@pytest.mark.parametrize("path", [CONFIRM, PULL_OBJECT])
+def test_what_is_complete_at_the_deadline_counts(grid, runtime, path):
+    """The server goes away while it is told of the first reply, or while the second is fetched."""
+    whole, asked = runtime.link.answers[path], []
+
+    def away(body):
+        asked.append(body)
+        if path == CONFIRM:
+            return -1
+        name = PullObjectRequest.FromString(body).object_id
+        return -1 if name == min(runtime.replies_of[12] - runtime.replies_of[11]) else whole(body)
+
+    runtime.link.answers[path] = away
+    replies = grid.send_and_receive(instructions(), timeout=2.0)
+    expected = [11, 12] if path == CONFIRM else [11]
+    assert sorted(reply.metadata.src_node_id for reply in replies) == expected
+    assert all(reply.has_content() for reply in replies)
+    assert asked
 
 
 def test_an_upload_that_takes_long_holds_up_no_other(grid, runtime):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -131,8 +132,55 @@ def test_stop_ends_what_is_open(answering, link):
         return StopRunResponse(success=True).SerializeToString()
 
     link.answers[STOP] = stop
-    assert stop_run(answering) == {"stopped": [2]}
+    assert stop_run(answering) == {"stopped": [2], "process": None}
     assert stopped == [2]
+
+
+SUBMIT = """
+import sys
+from pathlib import Path
+from fedhead.server.submitting.lock import SubmitLock
+lock = SubmitLock(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def submitting(answering, link):
+    """Another process that has the lock, as `submit` has it from its first second on; Flower knows of no run."""
+    link.answers[LIST_RUNS] = runs((1, "finished", "completed"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", SUBMIT, answering.submit_lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_stop_ends_a_run_that_is_being_prepared(answering, submitting):
+    with pytest.raises(RunError, match="no run is under way"):  # it hasn't said that it is one
+        stop_run(answering)
+    write_run(answering, state="running", round=60)
+    with pytest.raises(RunError, match="writes its results"):
+        stop_run(answering)
+    assert submitting.poll() is None
+    write_run(answering, state="waiting", round=0)
+    assert stop_run(answering) == {"stopped": [], "process": submitting.pid}
+    assert submitting.wait(60) == -signal.SIGTERM
+    with pytest.raises(RunError, match="no run is under way"):
+        stop_run(answering)
+
+
+def test_stop_ends_no_other_process(answering, submitting):
+    """The number in the lock's file may be one of another container: here it is this process, which hasn't the lock."""
+    write_run(answering, state="waiting", round=0)
+    answering.submit_lock.write_text(f"{os.getpid()}\n")
+    with pytest.raises(RunError, match="can't be seen from here"):
+        stop_run(answering)
 
 
 def test_there_may_be_nothing_to_stop(answering, link):

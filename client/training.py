@@ -15,14 +15,16 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from fedhead.client.gradients import Features, losses_of, of_persons, persons_at_once, without_unusable
+from fedhead.client.gradients import ClosedForm, Features, losses_of, of_persons, persons_at_once, without_unusable
 from fedhead.client.paths import make_path
 from fedhead.common.config.schema import Optimizer
 from fedhead.common.errors import InputError
+from fedhead.common.models.memory import records_at_once
 from fedhead.common.models.trainable import Trainable
 from fedhead.common.privacy.clipping import finite_records
+from fedhead.common.privacy.conditioning import check_weights
 from fedhead.common.privacy.events import Event, NoPrivacyEvent, event_of
-from fedhead.common.privacy.lattice import check_sums, check_weights
+from fedhead.common.privacy.lattice import check_sums
 from fedhead.common.privacy.noise import Streams
 from fedhead.common.privacy.optimizers import PrivateOptimizer, add_pull, begin_round, make_optimizer
 from fedhead.common.privacy.sequences import rounding_records
@@ -163,6 +165,17 @@ class Trainer:
             self._private(features, targets, plan, streams)
         return event
 
+    def check_weights(self, weights: Sequence[Tensor], clipping_norm: float, *, persons: bool) -> None:
+        """Refuse weights of the trained part with which rounding would show in what a deployed holder releases.
+
+        Raises
+        ------
+        InputError
+            See `fedhead.common.privacy.conditioning.check_weights`.
+        """
+        linear = isinstance(self.path, ClosedForm) and self.trainable.normalize
+        check_weights(weights, clipping_norm, linear=linear, persons=persons)
+
     def optimizer_of(self, settings: Optimizer) -> PrivateOptimizer:
         """The private optimizer that rounds with these settings use; an audit attaches its step hook to it."""
         found = self._optimizers.get(settings)
@@ -191,7 +204,7 @@ class Trainer:
                 steps = repeat(everything, plan.local_steps)
             for step, pieces in enumerate(steps):
                 if not streams.seeded:
-                    check_weights(self.parameters, plan.clipping_norm)
+                    self.check_weights(self.parameters, plan.clipping_norm, persons=of_persons(targets))
                 with self._dropout(streams, step) if self._draws else nullcontext():
                     for rows in pieces:
                         path.add_rows(rows)
@@ -230,7 +243,9 @@ class Trainer:
         begin_round(optimizer, plan.learning_rate)
         received = [p.detach().clone() for p in self.parameters] if plan.proximal_mu else []
         chunk = plan.chunk
-        if of_persons(targets) and len(features):
+        if not of_persons(targets):
+            chunk = records_at_once(self.trainable, features, chunk)
+        elif len(features):
             chunk = persons_at_once(chunk, targets, features.batch(slice(0, 1))[0].shape[-1])
         for step in range(plan.local_steps):
             optimizer.zero_grad(set_to_none=True)

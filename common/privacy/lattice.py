@@ -33,16 +33,15 @@ u = 2^-53. In shares of C, the rounded sums lie at most 1 + ETA apart (L2), beca
     2^-14     the lattice: half a step a coordinate for each sum, sqrt(2^32) * 2^-30 C together
     2^-11     what is left, for records in both sets whose own gradients are computed a little differently because
               their batches differ in shape: together at most 2^-11 C, that is 2^-31 C a record at 2^20 records
+              (fedhead.common.privacy.conditioning)
 
-Only the last line is no consequence of IEEE 754: it takes that gradients are well conditioned, which whoever sends the
-weights decides. Take a linear head on features of norm 1: its gradients move by at most 1.5 D u ||W||, so that the line
-is proved for D ||W|| <= 2^20 C. They were seen to move by less than u ||W||, for which ||W|| <= 2^22 C is enough;
-`check_weights` refuses more than 2^20 C. Overflow in the sum is impossible: N C < 2^52 g.
+The last line is proved for linear heads with cross-entropy on features of length 1, with weights that are no longer
+than `conditioning.check_weights` allows. For other heads it is a hope: whoever sends the weights decides how well
+conditioned gradients are. Overflow in the sum is impossible: N C < 2^52 g.
 """
 
 MOST_RECORDS: Final = 2**20
 MOST_COORDINATES: Final = 2**32
-LONGEST_WEIGHTS: Final = 2**20  # in clipping norms
 
 _FINENESS: Final = 30
 _LARGEST: Final = 2**52  # in steps: more than MOST_RECORDS * 2^31 sums can reach; also exact in float64
@@ -82,28 +81,6 @@ def check_sums(records: int, parameters: Sequence[Tensor]) -> None:
     if records > MOST_RECORDS:
         raise InputError(
             f"data.source has more than {MOST_RECORDS} records: rounding in sums of more is not covered. Use a part."
-        )
-
-
-def check_weights(parameters: Sequence[Tensor], clipping_norm: float) -> None:
-    """Refuse weights so large that a record's gradient is mostly rounding, which depends on the rest of its batch.
-
-    Parameters
-    ----------
-    parameters : sequence of Tensor
-        As they are before a step: received, or released by the step before. No record has a part in the answer.
-    clipping_norm : float, > 0
-
-    Raises
-    ------
-    InputError
-        Their L2 norm is more than 2^20 clipping norms, or not a number.
-    """
-    squares = sum(float(torch.linalg.vector_norm(p.detach())) ** 2 for p in parameters)
-    if not math.sqrt(squares) <= LONGEST_WEIGHTS * clipping_norm:
-        raise InputError(
-            f"the head's weights are longer than {LONGEST_WEIGHTS} clipping norms: rounding would show in gradients. "
-            "Start from smaller weights, or take a smaller training.optimizer.learning_rate."
         )
 
 

@@ -74,13 +74,14 @@ def rounding_records(lengths: Tensor, at_once: int) -> int:
     -----
     A sum of n terms of total size S is off by at most n 2^-53 S: for N records of one unit each N^2. A person's records
     have a total size of at most 1 / `CANCEL` clipping norms, and sums over parts are added up one after the other.
+    Never less than their records: each may move a little with its batch (fedhead.common.privacy.conditioning).
     """
     if not len(lengths):
         return 0
     records, persons, longest = int(lengths.sum()), len(lengths), int(lengths.max())
     additions = min(records, at_once * longest) + (persons if persons > at_once else 0)
     size = int((lengths <= 1).sum()) + int((lengths > 1).sum()) / CANCEL
-    return math.ceil(math.sqrt(additions * size))
+    return max(records, math.ceil(math.sqrt(additions * size)))
 
 
 def similar_lengths(lengths: Tensor) -> list[Tensor]:
@@ -307,10 +308,10 @@ def _block_norms(g: Tensor, block: Block, x: Tensor, scale: Tensor | None, bias:
     if gram is None and t * (d + k) <= d * k:  # T^2 (D + K) operations against T D K
         gram = _gram(_seen(block, x, scale), bias)
     if gram is not None:
-        squares = g.bmm(g.mT).mul_(gram).sum((1, 2))
+        squares = g.bmm(g.mT).mul_(gram).sum(2).sum(1)  # in two steps: 2 T roundings, in any order, rather than T^2
         clamped: Tensor = squares.clamp(min=0)
         return clamped.sqrt_()
-    norms: Tensor = torch.linalg.vector_norm(g.mT.bmm(_seen(block, x, scale)), dim=(1, 2))
+    norms: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(g.mT.bmm(_seen(block, x, scale)), dim=2), dim=1)
     return torch.hypot(norms, torch.linalg.vector_norm(g.sum(1), dim=1)) if bias else norms
 
 

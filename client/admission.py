@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from flwr.app import RecordDict
@@ -197,6 +198,12 @@ class Admission:
             self.ledger.abandon(holder, admitted.sequence)
         except LedgerError as fault:  # without that row it counts as spent all the same
             log.error("%s: %s", holder, fault)
+
+    def mark(self, holder: str) -> Mark | None:
+        """Where a holder's ledger stands; None where it has none, or it can't be read."""
+        with suppress(LedgerError):
+            return None if self.ledger is None else self.ledger.mark(holder)
+        return None
 
     def flush(self) -> None:
         """Write what was collected in a simulation."""

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from pathlib import Path
 
 import torch
 from flwr.app import Context, Message, MessageType, RecordDict
@@ -17,17 +18,16 @@ from flwr.clientapp import ClientApp
 
 from fedhead.client.holder import load_holder
 from fedhead.client.metrics import noised_count
-from fedhead.client.timing import limited, over, wait_until
+from fedhead.client.timing import limited, over, round_limit, wait_until
 from fedhead.client.together import Member
 from fedhead.client.training import CHUNK, StepPlan
-from fedhead.client.workplace import Workplace, workplace_of
+from fedhead.client.workplace import Workplace, is_open, workplace_of
 from fedhead.common import protocol
 from fedhead.common.config.limits import Limits
 from fedhead.common.errors import FedheadError, InputError, Refused
 from fedhead.common.failpoints import reach
 from fedhead.common.preparation import Labelled
 from fedhead.common.privacy.events import Event, NoPrivacyEvent
-from fedhead.common.privacy.lattice import check_weights
 from fedhead.common.privacy.ledger import LedgerError, Mark
 from fedhead.common.privacy.noise import Streams
 from fedhead.common.protocol import Asked, RoundRequest
@@ -39,6 +39,7 @@ from fedhead.common.refusals import (
     OTHER_MODEL,
     STALE_ROUND,
     TRAINING_FAILED,
+    WITH_MARK,
     refusal,
 )
 
@@ -57,6 +58,8 @@ app = ClientApp()
 def hello(message: Message, context: Context) -> Message:
     """Say which holder this is, once its records are open and their features are there."""
     arrived = time.monotonic()
+    if _deployed(context) and over(message):  # before records are opened, which may take long
+        return protocol.refuse(message, refusal(STALE_ROUND), "")
     try:
         workplace, name, _ = workplace_of(context)
     except Exception as fault:  # the boundary: an exception's own text may hold private data
@@ -69,39 +72,54 @@ def hello(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """One round: check, admit, train, release."""
     arrived = time.monotonic()
-    deployed = bool(context.node_config.get("holder"))
-    if deployed and over(message):  # before records are opened, which may take long
+    deployed = _deployed(context)
+    if deployed and over(message):  # as above
         return protocol.refuse(message, refusal(STALE_ROUND), "")
     try:
+        if deployed and not is_open(context):
+            _look_first(message, context)
         workplace, name, records = workplace_of(context)
     except Exception as fault:  # the boundary: an exception's own text may hold private data
         return _not_ready(message, context, arrived, fault)
-    outcome = _outcome(message, workplace, name, records, deployed)
+    outcome = _outcome(message, workplace, name, records, arrived if deployed else None)
     _pad(workplace.admission.limits, context, arrived)
     # a reply carries when it was made: it is made after the wait, whose length says how long the work took
     if isinstance(outcome, Refused):
-        return protocol.refuse(message, outcome, name)
+        mark = workplace.admission.mark(name) if deployed and outcome.code in WITH_MARK else None
+        return protocol.refuse(message, outcome, name, mark)
     return protocol.release(message, *outcome)
+
+
+def _deployed(context: Context) -> bool:
+    return bool(context.node_config.get("holder"))
+
+
+def _look_first(message: Message, context: Context) -> None:
+    """Hold the first request of a recipe to the holder's own file, before anything else is opened for it."""
+    from fedhead.client.deployed import look_first
+
+    request = protocol.read_request(message).request
+    look_first(Path(str(context.node_config["holder"])), str(context.run_config["recipe"]), request)
 
 
 def _pad(limits: Limits | None, context: Context, arrived: float) -> None:
     """Hold a deployed holder's answer back until the time that its own file says."""
-    if context.node_config.get("holder") and limits is not None:
+    if _deployed(context) and limits is not None:
         wait_until(arrived, limits.reply_at)
 
 
 def _outcome(
-    message: Message, workplace: Workplace, name: str, records: Labelled, deployed: bool
+    message: Message, workplace: Workplace, name: str, records: Labelled, arrived: float | None
 ) -> tuple[RecordDict, Mark | None] | Refused:
-    """What is released, or why nothing is."""
+    """What is released, or why nothing is; `arrived` at a deployed holder alone."""
     try:
-        if deployed and over(message):
+        if arrived is not None and over(message):
             raise refusal(STALE_ROUND)
         asked = protocol.read_request(message)
         check(asked.request, workplace)
         # One trained part serves all holders of a process, one holder at a time.
         limits = workplace.admission.limits
-        bound = limited(limits.round_seconds) if deployed and limits is not None else nullcontext()
+        bound = nullcontext() if arrived is None or limits is None else limited(round_limit(message, limits, arrived))
         with workplace.lock, bound:
             return answer(workplace, name, records, asked)
     except Refused as refused:
@@ -112,16 +130,25 @@ def _outcome(
 
 
 def _not_ready(message: Message, context: Context, arrived: float, fault: Exception) -> Message:
-    """The reply of a holder that can't open its records or its ledger; its own log says why and what to do."""
-    if isinstance(fault, FedheadError):  # its text is the whole message
+    """The reply of a holder that can't open its records or its ledger, or won't for this request.
+
+    Its own log says why and what to do.
+    """
+    refused, name = refusal(NO_LEDGER if isinstance(fault, LedgerError) else NOT_READY), ""
+    if isinstance(fault, Refused):
+        log.warning("refused before anything was opened: %s", fault)
+        refused = fault
+    elif isinstance(fault, FedheadError):  # its text is the whole message
         log.error("the holder can't be opened: %s", fault)
     else:
         log.error("the holder can't be opened", exc_info=fault)
     own = context.node_config.get("holder")
     if own:  # how far opening came, and how long that took, depends on the records
         with suppress(FedheadError):
-            _pad(load_holder(str(own)).limits, context, arrived)
-    return protocol.refuse(message, refusal(NO_LEDGER if isinstance(fault, LedgerError) else NOT_READY), "")
+            holder = load_holder(str(own))
+            name = holder.name if isinstance(fault, Refused) else ""
+            _pad(holder.limits, context, arrived)
+    return protocol.refuse(message, refused, name)
 
 
 def expect(messages: Sequence[tuple[Message, Context]]) -> None:
@@ -215,7 +242,8 @@ def answer(workplace: Workplace, name: str, records: Labelled, asked: Asked) -> 
     streams = workplace.streams(request, name)
     if not streams.seeded and request.mechanism != "none":
         try:
-            check_weights(list(received.values()), request.clipping_norm)
+            persons = request.unit == "person"
+            workplace.trainer.check_weights(list(received.values()), request.clipping_norm, persons=persons)
         except InputError as error:
             raise refusal(INVALID_REQUEST) from error
     admitted = admission.admit(name, asked, streams.source)

@@ -7,6 +7,7 @@ and cache are the holder's own, noise comes from its operating system, and sums 
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +18,10 @@ from fedhead.client.admission import Admission
 from fedhead.client.domains import Domains, identities
 from fedhead.client.holder import MADE, HolderFile, load_holder
 from fedhead.client.keeping import keep_newest
+from fedhead.client.own_records import own_records
 from fedhead.client.placing import alone, place
+from fedhead.client.policy import check_request
+from fedhead.client.timing import preparing
 from fedhead.client.training import CHUNK, Trainer
 from fedhead.client.workplace import Workplace, fingerprint
 from fedhead.common.config import RunConfig, changed, from_json
@@ -26,14 +30,16 @@ from fedhead.common.config.schema import FeatureSettings, ModelSettings
 from fedhead.common.data.paths import SCHEME
 from fedhead.common.data.persons import names_of
 from fedhead.common.data.records import Records
-from fedhead.common.data.sources import load_records
-from fedhead.common.errors import InputError
+from fedhead.common.errors import InputError, ModelError
 from fedhead.common.features.extraction import cache_key
+from fedhead.common.models.backbones import Backbone, load_backbone
 from fedhead.common.models.trainable import Trainable
-from fedhead.common.preparation import Split, featurize, load_backbone_for, make_trainable
+from fedhead.common.preparation import Split, check_kind, featurize, load_backbone_for, make_trainable
 from fedhead.common.privacy.lattice import check_sums
 from fedhead.common.privacy.ledger import Ledger, LedgerError
 from fedhead.common.privacy.sequences import rounding_records
+from fedhead.common.protocol import RoundRequest
+from fedhead.common.refusals import OTHER_BACKBONE, refusal
 from fedhead.common.results import write_aside
 from fedhead.common.tasks import make_task
 
@@ -42,25 +48,49 @@ log = logging.getLogger("fedhead.client")
 _SIDE: Final = 224  # pixels; of the usual image
 
 
+def look_first(path: Path, recipe: str, request: RoundRequest) -> None:
+    """Refuse what the holder's own file refuses of a recipe and a request, before a record or a backbone is opened.
+
+    Raises
+    ------
+    Refused
+        The request is beyond the limits.
+    InputError
+        The file can't be used, or the recipe names what the holder doesn't allow.
+    """
+    holder = load_holder(path)
+    own_recipe(holder, from_json(recipe))
+    check_request(request, holder.limits, budgeted=request.unit != "holder")
+
+
 def deploy(path: Path, recipe: str) -> Workplace:
     """The workplace of the holder whose file is at `path`, for a recipe as `to_json` writes it.
 
     Raises
     ------
     InputError
-        The file or the records can't be used, or the recipe names code, files or a backbone that the holder doesn't
-        allow. The server learns a fixed code only.
+        The file or the records can't be used, the recipe names code or files that the holder doesn't allow, or
+        features take longer than limits.prepare_seconds. The server learns a fixed code only.
+    Refused
+        The recipe's backbone is none that the holder allows.
     """
     holder = load_holder(path)
-    config = own_recipe(holder, from_json(recipe))
+    with preparing(holder.limits.prepare_seconds):
+        return _deploy(holder, own_recipe(holder, from_json(recipe)))
+
+
+def _deploy(holder: HolderFile, config: RunConfig) -> Workplace:
     check_ledger(holder)
-    records = load_records(config.data.source, config.data.columns, config.task.labels, holder.base)
+    backbone = _backbone_alone(config)
+    if backbone is not None:
+        _check_backbone(holder, backbone)
+    records = own_records(holder, config)
     holder.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     check_disjoint(holder, records)
-    backbone, _ = load_backbone_for(config, records)
-    allowed = holder.limits.backbones
-    if allowed is not None and backbone.digest not in {digest.removeprefix("sha256:") for digest in allowed}:
-        raise InputError(f"limits.backbones lacks {backbone.digest}: a recipe asks for it. Add it to allow it.")
+    if backbone is None or backbone.kind == "vector":
+        backbone, _ = load_backbone_for(config, records)
+        _check_backbone(holder, backbone)
+    check_kind(config, backbone, records)
     trainable = make_trainable(config, backbone, make_task(config.task))
     if not holder.limits.allow_seeded_noise:
         trainable.double()  # what the sensitivity of a release is proved for
@@ -75,6 +105,26 @@ def deploy(path: Path, recipe: str) -> Workplace:
     admission = Admission(open_ledger(holder), holder.limits, holder.budget, {holder.name: mark})
     trainer = Trainer(trainable, make_task(config.task))
     return Workplace(config, backbone.digest, trainer, placed.training, admission, placed.apart)
+
+
+def _backbone_alone(config: RunConfig) -> Backbone | None:
+    """The recipe's backbone, where it can be loaded before the records: a module on vectors may need their length.
+
+    Its digest doesn't depend on that length.
+    """
+    if not config.model.backbone.startswith("module:"):
+        return load_backbone(config.model, config.base)
+    for length in (None, 1):
+        with suppress(ModelError):  # told when the records are there
+            return load_backbone(config.model, config.base, vector_size=length)
+    return None
+
+
+def _check_backbone(holder: HolderFile, backbone: Backbone) -> None:
+    allowed = holder.limits.backbones
+    if allowed is not None and backbone.digest not in {digest.removeprefix("sha256:") for digest in allowed}:
+        log.warning("limits.backbones lacks sha256:%s: a recipe asks for it. Add it to allow it.", backbone.digest)
+        raise refusal(OTHER_BACKBONE)
 
 
 def check_ledger(holder: HolderFile) -> None:
@@ -208,7 +258,8 @@ def _check_code(holder: HolderFile, config: RunConfig) -> None:
         if code != text and code not in holder.limits.modules:
             raise InputError(f'{setting} of a recipe is "{text}": limits.modules lacks it. Add "{code}" to allow it.')
     kind = "module" if model.head.kind.startswith("module:") else model.head.kind
-    for trained in (kind, *(["unfrozen"] if model.unfreeze else [])):
+    further = {"unfrozen": model.unfreeze > 0, "unnormalized": not model.features.normalize}
+    for trained in (kind, *(word for word, wanted in further.items() if wanted)):
         if trained not in allowed:
             raise InputError(f'a recipe trains "{trained}": limits.heads lacks it. Add it to allow it.')
     weights = model.weights

@@ -125,10 +125,18 @@ def workplace_of(context: Context) -> tuple[Workplace, str, Labelled]:
         return _workplace_of(context)
 
 
+def is_open(context: Context) -> bool:
+    """Whether the workplace that a message is for is there already."""
+    return _place(context) in _WORKPLACES
+
+
+def _place(context: Context) -> str:
+    # the first is what the holder gave its node; a server can't set it
+    return str(context.node_config.get("holder", "")) + str(context.run_config["recipe"])
+
+
 def _workplace_of(context: Context) -> tuple[Workplace, str, Labelled]:
-    key = str(context.run_config["recipe"])
-    own = str(context.node_config.get("holder", ""))  # what the holder gave its node; a server can't set it
-    place = own + key
+    key, own, place = str(context.run_config["recipe"]), str(context.node_config.get("holder", "")), _place(context)
     workplace = _WORKPLACES.get(place)
     if workplace is None:
         if own:

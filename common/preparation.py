@@ -276,8 +276,20 @@ def make_trainable(config: RunConfig, backbone: Backbone, task: Task) -> Trainab
 def load_backbone_for(config: RunConfig, records: Records) -> tuple[Backbone, float]:
     """The backbone of a recipe, for the records that it will read, and the seconds that loading it took."""
     started = time.perf_counter()
-    size = len(records.inputs([0])[0]) if records.kind == "vector" and len(records) else None
+    store = records.store  # also where none of its records are left
+    size = len(store.read(np.zeros(1, dtype=np.int64))[0]) if records.kind == "vector" and len(store) else None
     backbone = load_backbone(config.model, config.base, vector_size=size)
+    check_kind(config, backbone, records)
+    return backbone, time.perf_counter() - started
+
+
+def check_kind(config: RunConfig, backbone: Backbone, records: Records) -> None:
+    """Refuse records that a backbone doesn't read.
+
+    Raises
+    ------
+    ConfigError
+    """
     if backbone.kind != records.kind:
         raise ConfigError(
             [
@@ -288,4 +300,3 @@ def load_backbone_for(config: RunConfig, records: Records) -> tuple[Backbone, fl
                 )
             ]
         )  # fmt: skip
-    return backbone, time.perf_counter() - started

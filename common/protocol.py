@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -166,7 +166,7 @@ def _mark_record(mark: Mark) -> ConfigRecord:
     return ConfigRecord({"sequence": mark.sequence, "hash": mark.hash})
 
 
-def _mark(record: ConfigRecord) -> Mark:
+def _mark(record: Mapping[str, Any]) -> Mark:
     """The mark in a record; a ValueError where it is none."""
     sequence, hashed = record["sequence"], record["hash"]
     if isinstance(sequence, bool) or not isinstance(sequence, int) or not 0 < sequence < 2**63:
@@ -254,9 +254,12 @@ def unpack(data: bytes) -> RecordDict:
     )
 
 
-def refuse(message: Message, refused: Refused, holder: str) -> Message:
-    """The reply of a holder that refuses: code and fixed text only."""
-    return Message(Error(refused.code, json.dumps({"holder": holder, "text": str(refused)})), reply_to=message)
+def refuse(message: Message, refused: Refused, holder: str, mark: Mark | None = None) -> Message:
+    """The reply of a holder that refuses: code and fixed text, and where its ledger stands if that was asked."""
+    said: dict[str, str | int] = {"holder": holder, "text": str(refused)}
+    if mark is not None:
+        said.update(mark._asdict())
+    return Message(Error(refused.code, json.dumps(said)), reply_to=message)
 
 
 def read_refusal(message: Message) -> tuple[str, int, str]:
@@ -282,10 +285,12 @@ def read_release(message: Message) -> tuple[str, str]:
 
 
 def read_mark(message: Message) -> Mark | None:
-    """Where a holder's ledger stands, by its reply; None where it doesn't say."""
+    """Where a holder's ledger stands, by its reply, a refusal or a release; None where it doesn't say."""
     try:
+        if message.has_error():
+            return _mark(json.loads(message.error.reason or ""))
         return _mark(_record(message, LEDGER, ConfigRecord))
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         return None
 
 

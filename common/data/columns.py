@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -46,10 +47,15 @@ def find_columns(loaded: Loaded, columns: Mapping[str, str], request: Request) -
     raise _missing(request, request.role, name, loaded)
 
 
-def read_inputs(loaded: Loaded, role: Kind, chosen: Sequence[str], request: Request) -> Inputs:
-    """The inputs of all records; texts and image files stay where they are until they are asked for."""
+def read_inputs(
+    loaded: Loaded, role: Kind, chosen: Sequence[str], request: Request, *, lenient: bool = False
+) -> Inputs:
+    """The inputs of all records; texts and image files stay where they are until they are asked for.
+
+    With `lenient`, a vector that is no list of numbers, or not as long as most, is NaN in every place.
+    """
     if role == "vector":
-        return Vectors(_vectors([loaded.columns[name] for name in chosen], request))
+        return Vectors(_vectors([loaded.columns[name] for name in chosen], request, lenient))
     name = chosen[0]
     if role == "image" and isinstance(loaded.columns, dict) and loaded.columns[name].dtype == np.uint8:
         return ArrayImages(loaded.columns[name])
@@ -57,17 +63,21 @@ def read_inputs(loaded: Loaded, role: Kind, chosen: Sequence[str], request: Requ
     return Texts(fetch, loaded.count) if role == "text" else EncodedImages(fetch, loaded.count, loaded.folder)
 
 
-def map_labels(loaded: Loaded, column: str, labels: Sequence[str], request: Request) -> np.ndarray:
+def map_labels(
+    loaded: Loaded, column: str, labels: Sequence[str], request: Request, *, lenient: bool = False
+) -> np.ndarray:
     """Positions of the records' labels in the task's list, compared as text.
 
     Returns
     -------
     int64 array, shape (N,)
+        With `lenient` -1 for a label outside the list.
 
     Raises
     ------
     DataError
-        When the column isn't there, or labels stand outside the list: says how many records, never which value.
+        When the column isn't there, or, unless `lenient`, labels stand outside the list: says how many records, never
+        which value.
     """
     if column not in loaded.columns:
         raise _missing(request, "label", column, loaded)
@@ -85,7 +95,7 @@ def map_labels(loaded: Loaded, column: str, labels: Sequence[str], request: Requ
         texts = [str(text) for text in distinct]
     mapped = np.array([positions.get(text, -1) for text in texts], dtype=np.int64)[inverse]
     outside = int((mapped < 0).sum())
-    if outside:
+    if outside and not lenient:
         raise DataError(
             f'{request.setting}.columns.label is "{column}": {outside} of {len(mapped)} records have a label outside '
             f"task.labels ({_listed(labels)}). Add the missing labels to task.labels, or remove those records."
@@ -109,17 +119,17 @@ def text_of(value: object) -> str:
     return str(value)
 
 
-def _vectors(parts: list[np.ndarray], request: Request) -> np.ndarray:
+def _vectors(parts: list[np.ndarray], request: Request, lenient: bool) -> np.ndarray:
     """float64 (N, D); a value that is missing becomes NaN."""
     try:
-        columns = [_numbers(part) for part in parts]
+        columns = [_numbers(part, lenient) for part in parts]
     except (TypeError, ValueError):
         raise DataError(
             f"{request.shown}: a vector must be a list of numbers, as long in every record. Name a numeric column in "
             f"{request.setting}.columns.vector, or check the data."
         ) from None
     values = np.concatenate([column.reshape(len(column), -1) for column in columns], axis=1)
-    if values.shape[1] == 0 or not np.isfinite(values).all(axis=1).any():
+    if values.shape[1] == 0 or not (lenient or np.isfinite(values).all(axis=1).any()):
         raise DataError(
             f"{request.shown}: every vector holds a NaN or an infinity. Fill or drop the missing values, or leave out "
             f"the column that has them in {request.setting}.columns.vector."
@@ -127,21 +137,35 @@ def _vectors(parts: list[np.ndarray], request: Request) -> np.ndarray:
     return np.ascontiguousarray(values)
 
 
-def _numbers(part: np.ndarray) -> np.ndarray:
+def _numbers(part: np.ndarray, lenient: bool) -> np.ndarray:
     """A column as float64; a list that is missing is as long as the others and all NaN."""
     if part.dtype.kind not in "OU":
         return part.astype(np.float64)
+    number = _number_or_nan if lenient else _number
     values = part.tolist()
-    widths = {len(value) for value in values if isinstance(value, list | np.ndarray)}
+    widths = Counter(len(value) for value in values if isinstance(value, list | np.ndarray))
     if part.ndim == 1 and widths:
-        (width,) = widths  # a ValueError when they differ
+        if lenient:
+            width = max(widths, key=lambda size: (widths[size], -size))
+            values = [
+                value if isinstance(value, list | np.ndarray) and len(value) == width else None for value in values
+            ]
+        else:
+            (width,) = widths  # a ValueError when they differ
         values = [[None] * width if value is None else list(value) for value in values]
-        return np.asarray([[_number(value) for value in row] for row in values], dtype=np.float64)
-    return np.asarray([_number(value) for value in part.ravel().tolist()], dtype=np.float64).reshape(part.shape)
+        return np.asarray([[number(value) for value in row] for row in values], dtype=np.float64)
+    return np.asarray([number(value) for value in part.ravel().tolist()], dtype=np.float64).reshape(part.shape)
 
 
 def _number(value: object) -> float:
     return float("nan") if value is None or value == "" else float(value)  # type: ignore[arg-type]
+
+
+def _number_or_nan(value: object) -> float:
+    try:
+        return _number(value)
+    except (TypeError, ValueError):
+        return float("nan")
 
 
 def _fetch(loaded: Loaded, name: str) -> Fetch:

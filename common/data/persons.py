@@ -85,19 +85,35 @@ def names_of(records: Records, column: str, setting: str = "privacy.person") -> 
         When there is no such column, when it doesn't hold one value a record, or when a record has no value there:
         who has no name can't be told from others.
     """
-    check_column(records, column, setting)
-    values = records.column(column)
-    if values.ndim != 1:
-        raise DataError(f'{setting} is "{column}": a person must be one value a record. Name another column.')
-    if values.dtype.kind in "iuU":
-        names = np.char.strip(values.astype(str))
-    else:
-        names = np.array([_text(value) for value in values.tolist()], dtype=str)
+    names = _texts(records, column, setting)
     if (names == "").any():
         raise DataError(
             f'{setting} is "{column}": some records have no value there. Fill the column, or drop those records.'
         )
     return names
+
+
+def named(records: Records, column: str, setting: str = "privacy.person") -> np.ndarray:
+    """Which records say whose they are: bool, shape (N,), each from that record alone.
+
+    Raises
+    ------
+    DataError
+        When there is no such column, or it doesn't hold one value a record.
+    """
+    found: np.ndarray = _texts(records, column, setting) != ""
+    return found
+
+
+def _texts(records: Records, column: str, setting: str) -> np.ndarray:
+    """Each record's person as text; "" for none."""
+    check_column(records, column, setting)
+    values = records.column(column)
+    if values.ndim != 1:
+        raise DataError(f'{setting} is "{column}": a person must be one value a record. Name another column.')
+    if values.dtype.kind in "iuU":
+        return np.char.strip(values.astype(str))
+    return np.array([_text(value) for value in values.tolist()], dtype=str)
 
 
 def _text(value: object) -> str:

@@ -90,6 +90,7 @@ def load_records(
     *,
     setting: str = "data",
     split: str = "train",
+    lenient: bool = False,
 ) -> Records:
     """Read the records of a source.
 
@@ -108,6 +109,9 @@ def load_records(
         Prefix of the settings' names in errors.
     split : str
         Which part of a source that has several, usually "train" or "test"; a source of one part gives that part.
+    lenient : bool
+        Whether what is wrong with single records is the caller's: a label outside the list becomes -1, a vector that is
+        none NaN. For deployed holders, whose replies may not depend on whether one record is as it should be.
 
     Raises
     ------
@@ -132,8 +136,8 @@ def load_records(
     if loaded.count == 0:
         raise DataError(f"{shown}: it holds no record. Check the file, or add records.")
     role, chosen = find_columns(loaded, columns, request)
-    store = read_inputs(loaded, role, chosen, request)
+    store = read_inputs(loaded, role, chosen, request, lenient=lenient)
     marks = np.full(loaded.count, -1, dtype=np.int64)
     if labels is not None:
-        marks = map_labels(loaded, columns.get("label", "label"), labels, request)
+        marks = map_labels(loaded, columns.get("label", "label"), labels, request, lenient=lenient)
     return Records(role, marks, store, np.arange(loaded.count), loaded.columns)

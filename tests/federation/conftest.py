@@ -89,6 +89,12 @@ class Deployed:
     def ask(self, head: torch.Tensor | None = None, seen=None, **changes) -> Message:
         return self.send(self.message(self.request(**changes), head, seen))
 
+    def hello(self) -> Message:
+        """The answer to the first query of a run, which opens the records."""
+        message = self.message(self.request())
+        message.metadata.message_type = "query"
+        return self.send(message)
+
     @staticmethod
     def head_of(reply: Message) -> dict[str, np.ndarray]:
         """The head that was released."""
@@ -117,11 +123,15 @@ class Deployed:
             {"vector": (image / 16).tolist(), "label": str(label), "patient": f"p{number // 4}"}
             for number, (image, label) in enumerate(zip(digits.data, digits.target, strict=True))
         ]
+        self.give(rows)
+        text = self.file.read_text()
+        self.file.write_text(text.replace("[data]", '[data]\nperson = "patient"'))
+
+    def give(self, rows: list[dict]) -> None:
+        """Records in a file of their own, in place of those that were there."""
         (self.folder / "ward.json").write_text("\n".join(map(json.dumps, rows)))
         text = self.file.read_text()
-        assert 'source = "sklearn:digits"' in text
-        named = 'source = "json:ward.json"\nperson = "patient"'
-        self.file.write_text(text.replace('source = "sklearn:digits"', named))
+        self.file.write_text(text.replace('source = "sklearn:digits"', 'source = "json:ward.json"'))
 
     def restart(self) -> None:
         """What a new process would start with."""

@@ -10,7 +10,7 @@ from fedhead.client.holder import load_holder
 from fedhead.common import protocol, refusals
 from fedhead.common.config import changed
 from fedhead.common.features import FeatureSet
-from fedhead.common.privacy.ledger import Ledger
+from fedhead.common.privacy.ledger import Ledger, Mark
 
 
 def test_a_round_is_charged_released_and_useful(deployed):
@@ -87,6 +87,9 @@ def test_the_budget_holds_across_runs_and_restarts(deployed):
         holder.restart()
     # epsilon 3 at delta 1e-5 is mu^2 = .516: four steps of 1/9 fit, five don't
     assert codes == [0] * 4 + [refusals.BEYOND_BUDGET] * 8
+    with Ledger(holder.ledger) as ledger:  # a reply after admission says where the ledger stands
+        assert protocol.read_mark(reply) == ledger.mark("st-mary")
+    holder.restart()
     assert not holder.ask(run="cheap", noise_multiplier=100.0).has_error()
 
 
@@ -126,13 +129,15 @@ def test_a_run_that_can_not_be_finished_is_refused_at_its_first_round(deployed):
 )
 def test_what_goes_beyond_the_limits_is_refused_before_any_record_is_read(deployed, monkeypatch, limits, changes, code):
     holder = deployed(limits=limits)
-    assert holder.ask(round=1, backbone="1" * 64).has_error()  # opens the workplace
+    assert not holder.hello().has_error()  # opens the workplace
 
     def touched(*_):
         raise AssertionError("a record was read")
 
     monkeypatch.setattr(FeatureSet, "batch", touched)
-    assert holder.code_of(holder.ask(round=2, **changes)) == code
+    reply = holder.ask(round=2, **changes)
+    assert holder.code_of(reply) == code
+    assert (protocol.read_mark(reply) is not None) == (code == refusals.BEYOND_BUDGET)  # only that asked the ledger
     assert holder.spent() == 0
 
 
@@ -164,6 +169,8 @@ def test_training_that_fails_stays_spent_and_says_nothing(deployed, monkeypatch)
     reply = holder.ask(round=2)
     assert holder.code_of(reply) == refusals.TRAINING_FAILED
     assert "4711" not in str(reply.error)
+    with Ledger(holder.ledger) as ledger:  # the charge, and that nothing was released: the server saw it
+        assert protocol.read_mark(reply) == ledger.mark("st-mary") == Mark(5, ledger.mark("st-mary").hash)
     assert holder.spent() == pytest.approx(2 / 400)
     monkeypatch.undo()
     assert not holder.ask(round=2).has_error()  # the same round again is a new spend

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from fedhead.client import app as client_app
 from fedhead.client import timing
 from fedhead.common import protocol, refusals
 from fedhead.common.config import to_json
+from fedhead.common.config.limits import Limits
 from fedhead.common.privacy.events import NoPrivacyEvent, from_json
 from fedhead.common.privacy.ledger import Ledger
 
@@ -19,6 +21,8 @@ def test_a_round_that_is_over_is_refused_before_anything_is_spent(deployed):
     holder = deployed()
     message = holder.message(holder.request())
     message.metadata.ttl, message.metadata.created_at = 10.0, time.time() - 11
+    assert holder.code_of(holder.send(message)) == refusals.STALE_ROUND
+    message.metadata.message_type = "query"
     assert holder.code_of(holder.send(message)) == refusals.STALE_ROUND
     assert not holder.ledger.exists()  # nothing was opened for it
     assert not holder.ask().has_error()
@@ -58,6 +62,44 @@ def test_waiting_ends_at_the_time_and_not_before(monkeypatch):
     timing.wait_until(90.0, 3.0)
     timing.wait_until(99.0, 0.0)
     assert slept == [2.0]
+
+
+def test_features_that_take_too_long_are_given_up_as_records_that_can_not_be_opened(deployed, caplog):
+    """A recipe with huge images or texts must not hold a holder from others for hours."""
+    holder = deployed(limits="prepare_seconds = 1e-9")
+    for reply in (holder.hello(), holder.ask()):
+        assert holder.code_of(reply) == refusals.NOT_READY
+    assert "limits.prepare_seconds is 1e-09: the features of a recipe take longer" in caplog.text
+    assert not holder.ledger.exists()
+    holder.file.write_text(holder.file.read_text().replace("prepare_seconds = 1e-9", ""))
+    assert not holder.ask().has_error()
+
+
+def test_opening_that_hangs_ends_the_process(monkeypatch):
+    limits = []
+    monkeypatch.setattr(timing, "limited", lambda seconds, what: limits.append((seconds, what)) or nullcontext())
+    with timing.preparing(100.0):
+        pass
+    assert limits == [(100.0 + timing.HUNG, "opening the records took longer than limits.prepare_seconds")]
+
+
+@pytest.mark.parametrize(
+    ("ttl", "reply_at", "limit"),
+    [
+        (1e6, 0.0, 3600.0),  # the holder's own limit
+        (100.0, 0.0, 90.0 + timing.CLOCKS),  # nobody waits for more: the message is 10 seconds old
+        (100.0, 500.0, 495.0),  # ending sooner would tell how long the work takes: it arrived 5 seconds ago
+        (float("inf"), 0.0, 3600.0),
+    ],
+)
+def test_training_has_as_long_as_anybody_waits_and_never_ends_before_the_reply(
+    deployed, monkeypatch, ttl, reply_at, limit
+):
+    message = deployed().message(deployed().request())
+    message.metadata.created_at, message.metadata.ttl = 1000.0, ttl
+    monkeypatch.setattr(timing.time, "time", lambda: 1010.0)
+    monkeypatch.setattr(timing.time, "monotonic", lambda: 75.0)
+    assert timing.round_limit(message, Limits(reply_at=reply_at), arrived=70.0) == limit
 
 
 def test_a_simulated_holder_never_waits(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """A server that tries to learn or to spend more than a deployed holder allows."""
 
 import pytest
+import torch
 
 from fedhead.client import deployed as deployed_module
 from fedhead.client.holder import load_holder
@@ -53,14 +54,92 @@ def test_labels_are_not_for_a_server_to_find_out(deployed):
     assert answers == {refusals.NOT_READY}
 
 
-@pytest.mark.parametrize("head", [{"kind": "mlp", "hidden": [8]}])
-def test_heads_whose_bound_is_not_proved_need_the_holders_word(deployed, head):
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"model.head": {"kind": "mlp", "hidden": [8]}}, "mlp"),
+        ({"model.features.normalize": False}, "unnormalized"),
+        ({"model.unfreeze": 1}, "unfrozen"),
+    ],
+)
+def test_heads_whose_bound_is_not_proved_need_the_holders_word(deployed, change, word):
     holder = deployed()
-    holder.config = changed(holder.config, {"model.head": head})
+    holder.config = changed(holder.config, change)
     assert holder.code_of(holder.ask()) == refusals.NOT_READY
-    allowed = deployed(limits='heads = ["mlp"]')
-    own = deployed_module.own_recipe(load_holder(allowed.file), changed(allowed.config, {"model.head": head}))
-    assert own.model.head.kind == "mlp"
+    assert not holder.ledger.exists()
+    holder.file.write_text(holder.file.read_text().replace("[limits]", f'[limits]\nheads = ["linear", "{word}"]'))
+    own = deployed_module.own_recipe(load_holder(holder.file), changed(holder.config, change))
+    assert own.model == changed(holder.config, change).model.model_copy(update={"features": own.model.features})
+
+
+def test_weights_beyond_the_proved_bound_are_refused_and_cost_nothing(deployed):
+    """10 labels, 64 features and C = 0.3: proved for ||W|| up to about 6,470; 2^20 C is 50 times that."""
+    holder = deployed()
+    refused = holder.ask(head=torch.full((10, 64), 260.0))
+    assert holder.code_of(refused) == refusals.INVALID_REQUEST
+    assert holder.spent() == 0
+    assert not holder.ask(head=torch.full((10, 64), 250.0)).has_error()
+
+
+@pytest.mark.parametrize(
+    ("limits", "changes", "code"),
+    [
+        ("noise_multiplier_min = 25.0", {}, refusals.LITTLE_NOISE),
+        ("clipping_norm_max = 0.2", {}, refusals.LARGE_CLIPPING_NORM),
+        ('units = ["holder"]', {}, refusals.OTHER_UNIT),
+        ('tasks = ["segmentation"]', {}, refusals.OTHER_TASK),
+        (f'backbones = ["sha256:{"0" * 64}"]', {}, refusals.OTHER_BACKBONE),
+        ("", {"mechanism": "none", "noise_multiplier": 0.0}, refusals.NO_PRIVACY),
+        ("", {"metrics_noise": 20.0}, refusals.NO_METRICS),
+    ],
+)
+def test_the_first_request_beyond_the_limits_opens_nothing(deployed, monkeypatch, limits, changes, code):
+    holder = deployed(limits=limits)
+    for name in ("own_records", "load_backbone", "load_backbone_for", "check_ledger"):
+        monkeypatch.setattr(deployed_module, name, lambda *_, **__: pytest.fail("something was opened"))
+    reply = holder.ask(**changes)
+    assert holder.code_of(reply) == code
+    assert protocol.read_refusal(reply)[0] == "st-mary"
+    assert not holder.ledger.exists()
+
+
+def test_a_backbone_that_is_not_allowed_opens_no_record(deployed, monkeypatch):
+    """The first query of a run has no request: the recipe's backbone is looked at by itself."""
+    holder = deployed(limits=f'backbones = ["{"0" * 64}"]')
+    monkeypatch.setattr(deployed_module, "own_records", lambda *_: pytest.fail("a record was read"))
+    assert holder.code_of(holder.hello()) == refusals.OTHER_BACKBONE
+    claimed = holder.request(backbone="0" * 64)  # the digest that is allowed, with a recipe that names another
+    assert holder.code_of(holder.send(holder.message(claimed))) == refusals.OTHER_BACKBONE
+    assert not holder.ledger.exists()
+
+
+ROWS = [{"vector": [(7 * i + j) % 11 / 11 for j in range(64)], "label": str(i % 10), "patient": i} for i in range(40)]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"label": "ten"}, {"label": None}, {"patient": ""}, {"patient": None}, {"vector": [1.0] * 63}, {"vector": None}],
+)
+def test_one_record_that_can_not_be_used_shows_in_no_reply(deployed, caplog, more):
+    """Two neighbouring data sets, after joining: the file of one got a record with a fault."""
+    replies = []
+    for rows in (ROWS, [*ROWS, {**ROWS[0], **more}]):
+        holder = deployed()
+        holder.give(rows)
+        holder.file.write_text(holder.file.read_text().replace("[data]", '[data]\nperson = "patient"'))
+        caplog.clear()
+        replies.append(holder.ask())
+        holder.restart()
+    assert ("1 of 41 records are left out" in caplog.text) == ("vector" not in more)
+    shapes = [{name: array.shape for name, array in holder.head_of(reply).items()} for reply in replies]
+    assert shapes[0] == shapes[1]
+    assert [protocol.read_mark(reply).sequence for reply in replies] == [3, 3]
+
+
+def test_a_holder_whose_records_are_all_left_out_releases_noise(deployed):
+    holder = deployed()
+    holder.give([{**row, "label": "ten"} for row in ROWS])
+    assert not holder.ask().has_error()
 
 
 def test_one_budget_covers_one_unit(deployed):

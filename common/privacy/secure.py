@@ -1,12 +1,14 @@
 """Noise and sampling of a deployed holder: all randomness from the operating system, integers instead of floats.
 
 OpenDPNoise   OpenDP's exact discrete Gaussian; about 15 microseconds a coordinate
-CsprngNoise   the same law from an AES-256 key stream, up to rounding in exp; some hundred times faster
+CsprngNoise   the same law from an AES-256 key stream; some hundred times faster
 
 Both add integer noise to a sum on the lattice (fedhead.common.privacy.lattice). With a standard deviation of s steps,
 the discrete Gaussian's mass at t standard deviations is that of a rounded continuous Gaussian up to a share of
-(t^2 + 1) / (24 s^2). Noise multiplier 1 is s > 2^30, so that this is below 2^-57 for all that is ever drawn, and exact
-Gaussian DP accounting, which holds for the continuous noise and hence for its rounding, holds here.
+(t^2 + 1) / (24 s^2), for which exact Gaussian DP accounting holds. Noise multiplier 1 is s > 2^30, where this is below
+2^-57 for all that is ever drawn. What remains adds up: n coordinates over T steps add at most n T 2^-56 to epsilon
+(1.4e-7 for a million coordinates and 10,000 steps), and less by the square of the noise multiplier. `CsprngNoise` adds
+n T 2^-99 to epsilon and to delta.
 Reference: Canonne, Kamath, Steinke (2020), arXiv:2004.00010.
 """
 
@@ -18,6 +20,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from decimal import Context, Decimal, localcontext
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
@@ -37,6 +40,8 @@ CSPRNG: Final = "aes-ctr-gaussian"
 _REACH: Final = 12.5  # standard deviations that CsprngNoise draws; beyond lies a mass of 1e-35
 _CELLS: Final = 5  # a cell is 2^-5 to 2^-6 standard deviations wide
 _AT_ONCE: Final = 2**16  # draws; keeps the words of one go in the processor's cache
+_ROUNDED: Final = 2.0**-43  # share that exp(-n^2 / 2 scale^2) times a factor is off by in float64, at most
+_NEAR: Final = 2.0**23  # of 2^64: more than what rounding of a chance, of a draw and of their difference comes to
 _WIDEST: Final = 2.0**57  # standard deviation in steps; 12.5 of them and a sum still fit in 63 bits
 
 Integers = NDArray[np.int64]
@@ -138,12 +143,16 @@ class Envelope(NamedTuple):
         Integers in a cell, a power of two; cell j holds [j width, (j + 1) width).
     upto : uint64, shape (J,)
         Running sums of the cells' weights; of 2^63, so what lies beyond the last one is drawn again.
+    unit : float
+        The target's scale, taken as an exact number. An n in cell j stays with chance
+        unit / weight[j] * exp(-n^2 / 2 scale^2), which is at most 1.
     accept : float64, shape (J,)
-        Target's scale over the cell's weight: an n in cell j stays with chance accept[j] * exp(-n^2 / 2 scale^2).
+        unit / weight, rounded.
     """
 
     width: int
     upto: Words
+    unit: float
     accept: NDArray[np.float64]
 
 
@@ -154,10 +163,35 @@ def envelope(scale: float) -> Envelope:
     cells = math.ceil(_REACH * scale / width)
     top = np.exp(-0.5 * np.square(np.arange(cells) * (width / scale)))  # the largest value in each cell
     unit = (1 - 2.0**-40) * 2.0**63 / float(top.sum())  # a little less than 2^63 in all: room for rounding up
-    weight = np.floor(top * unit).astype(np.uint64) + np.uint64(1)
+    # more than top is off by, so that no chance to stay is above 1
+    weight = np.floor(top * unit * (1 + 2 * _ROUNDED)).astype(np.uint64) + np.uint64(1)
     upto = np.cumsum(weight, dtype=np.uint64)
     assert int(upto[-1]) <= 2**63
-    return Envelope(width, upto, unit / weight.astype(np.float64))
+    return Envelope(width, upto, unit, unit / weight.astype(np.float64))
+
+
+def stays(draw: int, size: int, scale: float, shape: Envelope, cell: int) -> bool:
+    """Whether an integer stays, decided with 100 digits.
+
+    Parameters
+    ----------
+    draw : int
+        256 random bits.
+    size : int
+        n, in this cell.
+    scale : float
+        Standard deviation in steps.
+
+    Notes
+    -----
+    Guarantee: over all draws the chance is right to an absolute 2^-255, that is to a share of 2^-190 for any n.
+    """
+    weight = int(shape.upto[cell]) - (int(shape.upto[cell - 1]) if cell else 0)
+    squared = Fraction(size) ** 2 / (2 * Fraction(scale) ** 2)
+    with localcontext(Context(prec=100)):
+        exponent = Decimal(squared.numerator) / Decimal(squared.denominator)
+        chance = (-exponent).exp() * Decimal(shape.unit) / weight
+        return Decimal(draw) < chance * 2**256
 
 
 class CsprngNoise(LatticeNoise):
@@ -166,10 +200,10 @@ class CsprngNoise(LatticeNoise):
     Notes
     -----
     Guarantee: draws are independent, and each integer within 12.5 standard deviations comes with its discrete Gaussian
-    mass up to a share of 2^-44, apart from events of probability 2^-100. Cells and places in them are drawn with
-    exact chances, from integers; the one rounding is that of exp in the chance to stay, whose exponent is below 79 and
-    thus off by less than 2^-45. An inverse distribution function in float64 would not do: with 2^30 steps in a
-    standard deviation it leaves errors of 2^-21 in the mass of a step.
+    mass up to a share of 2^-100, most of which is the mass beyond. Cells and places in them are drawn with exact
+    chances, from integers. The chance to stay is computed in float64, where it is off by less than a share of 2^-43:
+    the exponent is below 79 and off by five roundings, and exp by some units in the last place. A draw that comes that
+    near to it (one in 2^40) is decided with further random bits and 100 digits, by `stays`.
 
     A new object has a new key: take one for each release.
     """
@@ -197,10 +231,22 @@ class CsprngNoise(LatticeNoise):
         size = cell * shape.width + (second & np.uint64(shape.width - 1)).astype(np.int64)
         chance = shape.accept[cell] * np.exp(-0.5 * np.square(size / scale))
         minus = (first & np.uint64(1)).astype(bool)
+        over = third.astype(np.float64) - chance * 2.0**64
+        stay = over < 0
+        for near in np.flatnonzero(np.abs(over) <= _NEAR):
+            if inside[near]:
+                stay[near] = self._decide(int(third[near]), int(size[near]), scale, shape, int(cell[near]))
         # 0 has no second sign, or it would come twice as often
-        keep = inside & (third.astype(np.float64) * 2.0**-64 < chance) & ~(minus & (size == 0))
+        keep = inside & stay & ~(minus & (size == 0))
         kept: Integers = np.where(minus, -size, size)[keep]
         return kept
+
+    def _decide(self, first: int, size: int, scale: float, shape: Envelope, cell: int) -> bool:
+        """`stays` for a draw whose first 64 bits are known."""
+        draw = first
+        for word in self._stream.words(3):
+            draw = draw << 64 | int(word)
+        return stays(draw, size, scale, shape, cell)
 
 
 SOURCES: Final[Mapping[str, type[LatticeNoise]]] = {OPENDP: OpenDPNoise, CSPRNG: CsprngNoise}

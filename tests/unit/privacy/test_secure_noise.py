@@ -115,6 +115,72 @@ def test_each_mass_is_that_of_the_discrete_gaussian(scale):
     assert worst_share(envelope(scale), scale) < 2.0**-44
 
 
+def exact_chance(shape, scale, size, cell):
+    weights = np.diff(shape.upto.astype(object), prepend=0)
+    with mpmath.workdps(120):
+        gauss = mpmath.exp(-(mpmath.mpf(size) ** 2) / (2 * mpmath.mpf(scale) ** 2))
+        return gauss * mpmath.mpf(shape.unit) / int(weights[cell])
+
+
+class Scripted:
+    """A stream of words that were written beforehand; counts how many are asked for."""
+
+    def __init__(self, *parts):
+        self.parts, self.asked = list(parts), []
+
+    def words(self, count):
+        self.asked.append(count)
+        return np.array(self.parts.pop(0), dtype=np.uint64)
+
+
+@pytest.mark.parametrize("scale", [1000.3, 1.3 * 2**30])
+def test_a_draw_near_its_chance_is_decided_exactly(scale):
+    """The first 64 bits of the draw are those of the chance: float64 can't tell, the bits that follow do."""
+    shape = envelope(scale)
+    cell, inside = 40, shape.width - 1
+    size = cell * shape.width + inside
+    with mpmath.workdps(120):
+        chance = int(mpmath.floor(exact_chance(shape, scale, size, cell) * mpmath.mpf(2) ** 256))
+    first = (int(shape.upto[cell]) - 1) << 1  # the last place of the cell, with a plus sign
+    for draw, kept in ((chance - 2**40, [size]), (chance + 2**40, [])):
+        words = [draw >> 64 * n & 2**64 - 1 for n in (3, 2, 1, 0)]
+        noise = CsprngNoise()
+        noise._stream = Scripted([first, inside, words[0]], words[1:])
+        assert noise._propose(1, scale).tolist() == kept
+        assert noise._stream.asked == [3, 3]  # the near path was taken
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_far_from_its_chance_float64_and_exact_arithmetic_agree(scale, monkeypatch):
+    decided = []
+
+    def decide(self, *given):
+        decided.append(secure.stays(given[0] << 192, *given[1:]))
+        return decided[-1]
+
+    noise, again = CsprngNoise(), CsprngNoise()
+    words = noise._stream.words(3 * 300)
+    usual, exact = (Scripted(words.tolist()) for _ in range(2))
+    noise._stream, again._stream = usual, exact
+    found = noise._propose(300, scale)
+    assert usual.asked == [900]  # none was near
+    monkeypatch.setattr(CsprngNoise, "_decide", decide)
+    monkeypatch.setattr(secure, "_NEAR", math.inf)
+    assert again._propose(300, scale).tolist() == found.tolist()
+    assert len(decided) >= 299
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_no_chance_to_stay_is_above_one_and_rounding_is_within_what_counts_as_near(scale):
+    shape = envelope(scale)
+    for cell in {0, 1, 2, len(shape.upto) // 2, len(shape.upto) - 1} & set(range(len(shape.upto))):
+        for size in {cell * shape.width, (cell + 1) * shape.width - 1}:
+            exact = exact_chance(shape, scale, size, cell)
+            assert exact <= 1
+            rounded = float(shape.accept[cell] * np.exp(-0.5 * np.square(np.int64(size) / scale)))
+            assert abs(rounded - exact) * 2**64 < secure._NEAR / 2
+
+
 def test_wrong_envelopes_are_told_apart():
     scale = 1000.3
     right = envelope(scale)

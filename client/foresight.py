@@ -196,7 +196,7 @@ def _rehearse(holder: HolderFile, request: RoundRequest) -> float:
     from flwr.app import ArrayRecord
 
     from fedhead.client.admission import Admission, foreseen
-    from fedhead.common.privacy.filters import Totals, charge_of, left
+    from fedhead.common.privacy.filters import Totals, charge_of
     from fedhead.common.privacy.ledger import Ledger
     from fedhead.common.protocol import Asked
 
@@ -210,13 +210,14 @@ def _rehearse(holder: HolderFile, request: RoundRequest) -> float:
         admission = Admission(ledger, holder.limits, holder.budget, {holder.name: _RUN})
         try:
             admission.admit(holder.name, Asked(request, ArrayRecord(), _RUN, None), _RUN)
-            shared = {one.domain: one.shared for one in ledger.summary(holder.name)}
+            # with the first round, of a Poisson plan with all of it
+            found = {one.domain: one for one in ledger.summary(holder.name)}[holder.budget.domain]
         finally:
             admission.close()
-    total = shared.get(holder.budget.domain, Totals())  # with the first round, of a Poisson plan with all of it
+    further = Totals()
     for event in foreseen(request):
-        total = total.plus(charge_of(event))
-    rest = left(holder.budget.terms(), total)
+        further = further.plus(charge_of(event))
+    rest = found.left_by(holder.budget.terms(), further)
     return rest.poisson_epsilon if request.mechanism == "poisson" else rest.epsilon
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from fedhead.client.domains import DomainError, Domains, identities
@@ -11,8 +11,9 @@ from fedhead.client.findings import Finding, apart, count, delta_as, left_as, op
 from fedhead.client.holder import MADE, HolderFile
 from fedhead.common.data.records import Records
 from fedhead.common.errors import DataError, FedheadError
-from fedhead.common.privacy.filters import Terms, Totals, left, spent
+from fedhead.common.privacy.filters import Left, Terms, Totals, least, left, spent
 from fedhead.common.privacy.ledger import DomainSummary, Ledger
+from fedhead.common.privacy.ledger.state import TRUSTING
 
 GONE: Final = 1e-3  # share of epsilon below which a budget counts as used up: no useful run fits
 
@@ -52,7 +53,7 @@ def ledger(holder: HolderFile) -> Iterator[Finding]:
         return
     if not holder.ledger.exists():
         yield Finding("ledger", "ok", "none yet: nothing was ever spent here")
-        yield _own_budget(holder, None)
+        yield _own_budget(holder, [])
         return
     try:
         with Ledger(holder.ledger, create=False, read_only=True) as opened:
@@ -66,9 +67,8 @@ def ledger(holder: HolderFile) -> Iterator[Finding]:
             "ledger", "remedy", f'nothing in it is of "{holder.name}", but of {", ".join(others[:3])}',
             "A budget goes with its name: set name back, or give this holder a storage folder of its own.",
         )  # fmt: skip
-    own = next((one for one in domains if one.domain == holder.budget.domain), None)
-    yield _own_budget(holder, own)
-    yield from (_other_budget(one) for one in domains if one is not own)
+    yield _own_budget(holder, domains)
+    yield from (_other_budget(one) for one in domains if one.domain != holder.budget.domain)
 
 
 def disjoint(holder: HolderFile, records: Records | DataError) -> Iterator[Finding]:
@@ -92,11 +92,12 @@ def disjoint(holder: HolderFile, records: Records | DataError) -> Iterator[Findi
         yield _compared(domains, domain, other)
 
 
-def _own_budget(holder: HolderFile, found: DomainSummary | None) -> Finding:
+def _own_budget(holder: HolderFile, domains: Sequence[DomainSummary]) -> Finding:
     """The budget of the file's domain, by the file's own terms."""
     terms = holder.budget.terms()
-    totals, shared = (found.totals, found.shared) if found is not None else (Totals(), Totals())
-    rest, cost = left(terms, shared), spent(terms, totals)
+    found = next((one for one in domains if one.domain == holder.budget.domain), None)
+    cost = spent(terms, Totals() if found is None else found.totals)
+    rest = _left_of_new(holder, domains) if found is None else found.left_by(terms)
     parts = [f'"{holder.budget.domain}": {_figures(terms, cost.epsilon)}']
     parts.append(f"left {left_as(rest.epsilon)}" + (" for full-batch runs" if terms.poisson_share else ""))
     if terms.poisson_share:
@@ -111,6 +112,22 @@ def _own_budget(holder: HolderFile, found: DomainSummary | None) -> Finding:
             "budget", "warning", text, "The ledger has other terms; those of this file count from the next run."
         )
     return Finding("budget", "ok", text)
+
+
+def _left_of_new(holder: HolderFile, domains: Sequence[DomainSummary]) -> Left:
+    """What is left of a domain that the ledger doesn't know yet, after those that it does."""
+    budget = holder.budget
+    counted = [
+        one
+        for one in domains
+        if one.units != (TRUSTING,)  # counts in no other domain
+        and not (one.domain in budget.disjoint_from and budget.domain in one.disjoint_from)
+    ]
+    shared = Totals()
+    for one in counted:
+        shared = shared.plus(one.totals)
+    others = (left(one.terms, one.shared) for one in counted if one.terms is not None)
+    return least(left(budget.terms(), shared), *others)
 
 
 def _other_budget(found: DomainSummary) -> Finding:

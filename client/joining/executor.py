@@ -184,8 +184,8 @@ def report_budget(context: Context) -> None:
             return
         terms, domain = admission.budget.terms(), admission.budget.domain
         found = next((one for one in admission.ledger.summary(name) if one.domain == domain), None)
-        totals, shared = (found.totals, found.shared) if found is not None else (Totals(), Totals())
-        rest = left(terms, shared)
+        totals = Totals() if found is None else found.totals
+        rest = left(terms, totals) if found is None else found.left_by(terms)
         # the most that any kind of run has left, as `fedhead check` judges it
         pipe.emit(
             "budget",

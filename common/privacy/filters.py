@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -289,6 +289,11 @@ def left(terms: Terms, totals: Totals) -> Left:
         poisson_epsilon=difference_below(parts.poisson_epsilon, totals.epsilon),
         poisson_delta=difference_below(parts.poisson_delta, totals.delta),
     )
+
+
+def least(*found: Left) -> Left:
+    """What every one of several budgets leaves: the smallest of each number."""
+    return Left(**{field.name: min(getattr(one, field.name) for one in found) for field in fields(Left)})
 
 
 class _Parts(NamedTuple):

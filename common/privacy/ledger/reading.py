@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from fedhead.common.failpoints import reach
 from fedhead.common.privacy.accounting import Spent
-from fedhead.common.privacy.filters import Left, Terms, Totals, left, spent
+from fedhead.common.privacy.filters import Left, Terms, Totals, least, left, spent
 from fedhead.common.privacy.ledger.chain import Entry, LedgerError, digest_of
 from fedhead.common.privacy.ledger.files import damaged, failures, fill, sync_folder
 from fedhead.common.privacy.ledger.state import Domain, State
@@ -63,8 +63,10 @@ class DomainSummary:
     spent : Spent or None
         `totals` as (epsilon, delta); None without terms and delta.
     left : Left or None
-        What the terms leave beyond `shared`; None without terms.
+        What the terms leave beyond `shared`, and those of the domains that overlap; None without terms.
     runs : tuple of RunSummary
+    others : tuple of (Terms, Totals)
+        The terms of the domains that overlap, and what counts against each: admission holds to them too.
     """
 
     holder: str
@@ -80,6 +82,18 @@ class DomainSummary:
     spent: Spent | None
     left: Left | None
     runs: tuple[RunSummary, ...]
+    others: tuple[tuple[Terms, Totals], ...] = ()
+
+    def left_by(self, terms: Terms, further: Totals | None = None) -> Left:
+        """What is left by these terms of the domain, and by those of the domains that overlap.
+
+        Parameters
+        ----------
+        further : Totals, optional
+            What this domain is to spend beyond what it has spent.
+        """
+        budgets = [(terms, self.shared), *self.others]
+        return least(*(left(one, total if further is None else total.plus(further)) for one, total in budgets))
 
     @property
     def given_away(self) -> bool:
@@ -152,16 +166,23 @@ def summaries(state: State, delta: float | None) -> list[DomainSummary]:
 
 
 def _summary(state: State, name: str, domain: Domain, delta: float | None) -> DomainSummary:
-    overlapping = state.overlapping(name)[1:]
-    shared = domain.totals
-    for other in overlapping:
-        shared = shared.plus(state.domains[other].totals)
-    return DomainSummary(
-        state.holder, name, domain.terms, domain.disjoint_from, tuple(sorted(overlapping)),
-        tuple(sorted(domain.units)), tuple(sorted(domain.noises)), domain.seeded, domain.totals, shared,
-        _spent(domain.terms, domain.totals, delta), left(domain.terms, shared) if domain.terms is not None else None,
-        tuple(_runs(state, name, domain.terms, delta)),
+    overlapping, terms = state.overlapping(name)[1:], domain.terms
+    others = [(state.domains[other].terms, _shared(state, other)) for other in overlapping]
+    found = DomainSummary(
+        state.holder, name, terms, domain.disjoint_from, tuple(sorted(overlapping)),
+        tuple(sorted(domain.units)), tuple(sorted(domain.noises)), domain.seeded, domain.totals, _shared(state, name),
+        _spent(terms, domain.totals, delta), None, tuple(_runs(state, name, terms, delta)),
+        tuple((own, shared) for own, shared in others if own is not None),
     )  # fmt: skip
+    return found if terms is None else replace(found, left=found.left_by(terms))
+
+
+def _shared(state: State, name: str) -> Totals:
+    """What counts against a domain's budget."""
+    total = state.domains[name].totals
+    for other in state.overlapping(name)[1:]:
+        total = total.plus(state.domains[other].totals)
+    return total
 
 
 def _runs(state: State, domain: str, terms: Terms | None, delta: float | None) -> Iterable[RunSummary]:

@@ -13,6 +13,7 @@ from scipy.stats import norm
 from fedhead.client.checking import check_holder
 from fedhead.client.holder import load_holder
 from fedhead.common.privacy.events import GaussianEvent
+from fedhead.common.privacy.filters import Terms
 from fedhead.common.privacy.ledger import Ledger, Reservation
 from fedhead.server.keys import make_keys
 
@@ -191,6 +192,24 @@ def test_the_budget_left_comes_from_the_ledger(here):
         delta = norm.cdf(-claimed / mu + mu / 2) - math.exp(claimed) * norm.cdf(-claimed / mu - mu / 2)
         assert bool(delta <= 1e-6) is enough
     assert found(here, "budget") == [finding]  # looking changes nothing
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_is_left_counts_the_terms_of_overlapping_domains(here, known):
+    """Epsilon 4 here and 1.8 in another domain that overlaps, 1.7 of which is spent: a tenth is left, not two."""
+    holder = load_holder(here / "holder.toml")
+    other = Terms(1.8, 1e-6)
+    with Ledger(holder.ledger) as ledger:
+        ledger.declare(holder.name, "other", other)
+        noise = Terms(1.7, 1e-6).mu_squared ** -0.5
+        event = GaussianEvent(noise, 1.0, 1)
+        ledger.reserve([Reservation(holder.name, "other", "r", 1, "1", event, "person", "f", "n")])
+        if known:
+            ledger.declare(holder.name, holder.budget.domain, holder.budget.terms())
+        (rest,) = {one.left.epsilon for one in ledger.summary(holder.name)}
+    (own,) = [one for one in found(here, "budget") if '"adults"' in one.text]
+    (shown,) = re.findall(r"left ([0-9.]+)", own.text)
+    assert math.floor(rest * 1000) / 1000 == float(shown) < 0.6
 
 
 def test_a_budget_that_is_gone_is_told(here):

@@ -8,7 +8,7 @@ from runpy import run_path
 import pytest
 
 from fedhead.common.privacy.events import PoissonEvent
-from fedhead.common.privacy.filters import Terms, charge_of
+from fedhead.common.privacy.filters import Terms, Totals, charge_of
 from fedhead.common.privacy.ledger import (
     Declaration,
     Denied,
@@ -152,6 +152,31 @@ def test_summary(ledger: Ledger):
     assert images.terms is images.spent is images.left is None
     assert ledger.summary("ann", delta=1e-6)[0].spent.delta == 1e-6
     assert ledger.summary("nobody") == []
+
+
+def test_what_is_left_is_what_every_overlapping_budget_leaves(ledger: Ledger):
+    """Admission holds a domain to the terms of those that overlap it: what is said to be left must do so too."""
+    wide, narrow = Terms(3.0, 1e-5), Terms(1.0, 1e-5)
+    ledger.declare_all([Declaration("ann", "notes", wide, ()), Declaration("ann", "images", narrow, ())])
+    for round in range(1, 7):
+        assert isinstance(one(ledger, want(round)), Granted)  # .06 of .0718 that the narrow one has
+    left = {found.domain: found.left for found in ledger.summary()}
+    assert left["notes"] == left["images"]
+    assert left["notes"].mu_squared == pytest.approx(narrow.mu_squared - 0.06)
+    one(ledger, want(7))
+    assert one(ledger, want(8)) == Denied("budget")
+    (_, notes) = ledger.summary()
+    assert notes.left.mu_squared < 0.01 < wide.mu_squared - notes.shared.mu_squared  # so the wide terms alone would err
+    assert notes.left_by(wide, charge_totals(want(8))).mu_squared == 0
+    ledger.declare_all(
+        [Declaration("ann", "notes", wide, ("images",)), Declaration("ann", "images", narrow, ("notes",))]
+    )
+    (_, notes) = ledger.summary()
+    assert notes.left.mu_squared == pytest.approx(wide.mu_squared - 0.07)
+
+
+def charge_totals(wanted: Reservation) -> Totals:
+    return Totals().plus(charge_of(wanted.event))
 
 
 # --------------------------------------------------------------------------------------------------------------- marks

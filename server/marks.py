@@ -49,7 +49,7 @@ def newest(seen: Mapping[str, Mark], others: Mapping[str, Mark]) -> dict[str, Ma
 
 
 def write_marks(path: Path, marks: Mapping[str, Mark]) -> None:
-    """Replace the file as a whole; holders that were not in this run keep the mark that they had."""
+    """Replace the file as a whole, durably; holders that were not in this run keep the mark that they had."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = {name: list(mark) for name, mark in sorted(newest(read_marks(path), marks).items())}
-    write_aside(path, (json.dumps(rows, indent=0) + "\n").encode())
+    write_aside(path, (json.dumps(rows, indent=0) + "\n").encode(), durable=True)

@@ -122,6 +122,9 @@ def plans() -> list[tuple[str, list[Event], float]]:
     found.append(("other", [("poisson", 2.0 + k / 100, 0.02, 4) for k in range(40)], 1e-5))
     found.append(("other", [*five, *(("poisson", 3.0 + k / 10, 0.05, 5) for k in range(18))], 1e-5))
     found.append(("other", [("poisson", 1.0, 0.002, 40_000)], 1e-5))
+    # between the noises and steps above, so that points of a single event are 200 by themselves
+    further = itertools.product((3.0, 30.0), (10, 150), (3e-5, 1e-7))
+    found += [("pld", [("full-batch", noise, None, steps)], delta) for noise, steps, delta in further]
     return found
 
 

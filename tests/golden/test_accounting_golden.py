@@ -41,6 +41,7 @@ PARTS = 8
 
 def test_there_are_enough_points():
     assert len({(str(row["events"]), row["delta"]) for row in ROWS}) == len(ROWS) >= 200
+    assert sum(len(row["events"]) == 1 for row in ROWS) >= 200  # of (noise, rate, steps, delta)
     single = [row for row in POISSON if len(row["events"]) == 1]
     assert len(single) >= 75
     assert {row["by"] for row in ROWS} == {"gaussian", "pld", "prv"}

@@ -77,15 +77,19 @@ def main(folder: Path, kills: int, seed: int) -> None:
     for life in range(kills + 1):
         last = life == kills
         fatal = None if last or life % 3 == 0 else points[life % len(points)]
+        after = random.randint(1, 3)
         child = os.fork()
         if child == 0:
-            live(holder, sent, fatal, random.randint(1, 3))
+            live(holder, sent, fatal, after)
+            if fatal is None and not last:
+                signal.pause()  # all rounds are done: the kill is on its way
             os._exit(0)
         if not last and fatal is None:
             time.sleep(random.uniform(0.05, 0.6))
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        assert killed != last, f"life {life} ended otherwise than it should, by status {status} ({fatal})"
         if not holder.ledger.exists():
             assert not sent.read_text(), "something left without a ledger"
             continue

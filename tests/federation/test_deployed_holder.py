@@ -5,12 +5,15 @@ import shutil
 import pytest
 import torch
 
+from fedhead.client import app
 from fedhead.client import deployed as deployed_module
 from fedhead.client.holder import load_holder
+from fedhead.client.training import Trainer
 from fedhead.common import protocol, refusals
 from fedhead.common.config import changed
 from fedhead.common.features import FeatureSet
 from fedhead.common.privacy.ledger import Ledger, Mark
+from fedhead.common.privacy.secure import SOURCES, choose_source
 
 
 def test_a_round_is_charged_released_and_useful(deployed):
@@ -163,8 +166,6 @@ def test_training_that_fails_stays_spent_and_says_nothing(deployed, monkeypatch)
     def broken(*_, **__):
         raise ValueError("patient 4711")
 
-    from fedhead.client.training import Trainer
-
     monkeypatch.setattr(Trainer, "round", broken)
     reply = holder.ask(round=2)
     assert holder.code_of(reply) == refusals.TRAINING_FAILED
@@ -240,3 +241,82 @@ def test_persons_at_a_deployed_holder(deployed):
     # another bound on records a person is another guarantee than the data were prepared for
     assert holder.code_of(holder.ask(unit="person", round=2, records_per_person=2)) == refusals.INVALID_REQUEST
     assert holder.code_of(holder.ask(unit="record", round=2)) == refusals.INVALID_REQUEST
+
+
+ROWS = [{"vector": [(7 * i + j) % 11 / 11 for j in range(64)], "label": str(i % 10)} for i in range(40)]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([*ROWS, {**ROWS[0], "vector": [0.5] * 64}], id="appended"),
+        pytest.param(ROWS[:-5], id="deleted"),
+        pytest.param([{**row, "vector": [1 - x for x in row["vector"]]} for row in ROWS], id="edited"),
+        pytest.param(ROWS[::-1], id="reordered"),
+    ],
+)
+def test_data_that_changes_inherits_what_was_spent(deployed, rows):
+    """The holder's own file, read anew: the budget is the domain's, whatever the records are now."""
+    holder = deployed()
+    holder.give(ROWS)
+    assert not holder.ask(noise_multiplier=1.5).has_error()  # .444 of .516
+    holder.restart()
+    holder.give(rows)
+    assert holder.code_of(holder.ask(run="run-2", noise_multiplier=1.5)) == refusals.BEYOND_BUDGET
+    assert not holder.ask(run="run-2", noise_multiplier=20.0).has_error()
+    with Ledger(holder.ledger) as ledger:
+        prints = [one.fingerprint for one in ledger.entries() if one.kind == "reserve"]
+    assert (len(set(prints)) == 1) == (sorted(map(str, rows)) == sorted(map(str, ROWS)))
+
+
+@pytest.mark.parametrize(("seconds", "source"), [(0.0, "aes-ctr-gaussian"), (1000.0, "opendp-discrete-gaussian")])
+def test_the_ledger_names_the_source_that_drew(deployed, monkeypatch, seconds, source):
+    drew = []
+    for name, kind in SOURCES.items():
+
+        def integers(self, count, scale, name=name, usual=kind.integers):
+            drew.append(name)
+            return usual(self, count, scale)
+
+        monkeypatch.setattr(kind, "integers", integers)
+    holder = deployed(limits=f"exact_noise_seconds = {seconds}")
+    holder.give(ROWS)
+    choose_source(1, 1, seconds)  # measuring how long exact noise takes draws some, which is released nowhere
+    drew.clear()
+    assert not holder.ask().has_error()
+    with Ledger(holder.ledger) as ledger:
+        assert {one.noise for one in ledger.entries() if one.kind == "reserve"} == {source} == set(drew)
+
+
+def test_what_is_kept_apart_to_count_on_is_never_trained_on(deployed, monkeypatch):
+    trained, counted = [], []
+    train, count = Trainer.round, app.noised_count
+
+    def seen(self, features, targets, plan, streams):
+        trained.append(features.values.clone())
+        return train(self, features, targets, plan, streams)
+
+    def asked(trainable, task, held, *rest):
+        counted.append(held.features.values.clone())
+        return count(trainable, task, held, *rest)
+
+    monkeypatch.setattr(Trainer, "round", seen)
+    monkeypatch.setattr(app, "noised_count", asked)
+    metrics = {"noise_multiplier": 20.0, "fraction": 0.3, "every": 1}
+    holder = deployed(limits="[limits.release]\nmetrics = true", changes={"metrics": metrics})
+    assert not holder.ask(metrics_noise=20.0).has_error()
+    used, held = ({tuple(row) for row in found[0].tolist()} for found in (trained, counted))
+    assert not used & held
+    assert len(trained[0]) + len(counted[0]) == 1797
+    assert 0.2 < len(counted[0]) / 1797 < 0.4
+
+
+def test_a_run_goes_on_when_records_fall_below_the_least(deployed):
+    """`check` and `join` stop for it; a refusal within a run would tell how many records there are."""
+    holder = deployed(limits="least_records = 40")
+    holder.give(ROWS)
+    assert not holder.ask().has_error()
+    holder.restart()
+    holder.give(ROWS[:7])
+    assert not holder.ask(round=2).has_error()
+    assert holder.spent() == pytest.approx(2 / 400)

@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
 
+from fedhead.client.persons import PersonRows
 from fedhead.client.training import CHUNK, Trainer
 from fedhead.common import protocol, refusals
-from fedhead.common.privacy import lattice
+from fedhead.common.privacy import lattice, noise
 from fedhead.common.privacy.accounting import pld_epsilon
 from fedhead.common.privacy.events import from_json
 from fedhead.common.privacy.ledger import Ledger
@@ -114,3 +117,23 @@ def test_too_many_records_are_told_when_the_data_is_opened(deployed, monkeypatch
         assert reply.error.code == refusals.NOT_READY
     assert rounds == []
     assert not holder.ledger.exists()
+
+
+def test_samples_are_of_persons_where_they_are_the_unit(deployed, monkeypatch):
+    """Each of 450 persons takes part or not, with all their records: the draw, and whose gradients are then summed."""
+    asked, summed = [], []
+    monkeypatch.setattr(noise, "bernoulli_sample", lambda number, rate: asked.append(number) or torch.tensor([3, 77]))
+    usual = PersonRows.clipped_sum
+
+    def clipped_sum(self, targets, index, norm):
+        summed.append((self.lengths[index].tolist(), targets[index].tolist()))
+        return usual(self, targets, index, norm)
+
+    monkeypatch.setattr(PersonRows, "clipped_sum", clipped_sum)
+    persons = {"unit": "person", "person": "anything", "records_per_person": 4}
+    holder = deployed(budget="poisson_share = 1.0", changes={**POISSON, **persons})
+    holder.give_persons()  # patient n has the records from 4 n on; the last one has a single record
+    assert not holder.ask(noise_multiplier=3.0, plan_steps=2, local_steps=2, delta=1e-6).has_error()
+    assert asked == [450, 450]
+    labels = load_digits().target
+    assert summed == [([4, 4], [labels[4 * n : 4 * n + 4].tolist() for n in (3, 77)])] * 2

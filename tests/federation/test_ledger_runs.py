@@ -13,6 +13,7 @@ from fedhead.common.errors import RunError
 from fedhead.common.privacy.events import CountEvent, GaussianEvent, from_json
 from fedhead.common.privacy.filters import Terms
 from fedhead.common.privacy.ledger import Granted, Ledger, Reservation
+from fedhead.common.privacy.ledger.transactions import Transactions
 from fedhead.simulations.simulate import simulate
 
 RECIPE = """
@@ -133,3 +134,17 @@ def test_noised_counts_are_released_and_charged(tiny, tmp_path):
     noised = [row["noised"] for row in result.rounds if row.get("noised")]
     assert len(noised) == 2
     assert all(one["holders"] == 5 and one["standard_error"] > 0 for one in noised)
+
+
+def test_a_round_of_all_simulated_holders_is_one_transaction(tiny, tmp_path, monkeypatch):
+    commits, execute = [], Transactions._execute
+
+    def counted(self, sql, values=()):
+        commits.extend([self.path] if sql == "COMMIT" else [])
+        return execute(self, sql, values)
+
+    monkeypatch.setattr(Transactions, "_execute", counted)
+    result = simulate(tiny({"training.rounds": 5, "holders.budget": {"epsilon": 8.0, "delta": 1e-5}}), tmp_path / "run")
+    assert all(row["holders"] == 5 for row in result.rounds)
+    # the budgets of all, each round with what the one before released, and what the last one released
+    assert len(commits) == 1 + 5 + 1

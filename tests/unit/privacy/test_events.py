@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import FrozenInstanceError, fields
 
 import pytest
 from hypothesis import given
@@ -29,6 +30,23 @@ def test_round_trip_is_exact(event):
     assert back == event
     assert type(back) is type(event)
     assert back.to_json() == text
+
+
+@pytest.mark.parametrize(
+    "event",
+    [GaussianEvent(2.0, 1.0, 3), PoissonEvent(2.0, 1.0, 0.1, 3), CountEvent(4.0, 1.0, 1), NoPrivacyEvent(2)],
+    ids=lambda event: event.mechanism,
+)
+def test_an_event_never_changes(event):
+    """What was charged can't be made cheaper afterwards; equal events are one key."""
+    before = event.to_json()
+    for name in [*(field.name for field in fields(event)), "mechanism", "anything"]:
+        with pytest.raises((FrozenInstanceError, AttributeError)):
+            setattr(event, name, 10**6)
+        with pytest.raises((FrozenInstanceError, AttributeError)):
+            delattr(event, name)
+    assert event.to_json() == before
+    assert {event: 1}[from_json(before)] == 1
 
 
 def test_canonical_text():

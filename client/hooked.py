@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from fedhead.client.gradients import Features, GradientPath, of_persons, without_unusable
 from fedhead.client.probing import check_own_gradients, has_own_code
 from fedhead.common.errors import ModelError
+from fedhead.common.models.memory import at_once, held_a_record
 from fedhead.common.privacy.clipping import LARGEST, clip_factors, finite_records
 from fedhead.common.privacy.sequences import CANCEL
 
-_BYTES: Final = 2**28  # most memory that values or per-record gradients of one chunk may take
 _NORM_ELEMENTS: Final = 2**22  # most numbers inside one layer's norm
 _FIRING: Final = "Full backward hook is firing"  # features ask for no gradient, and torch says so for every first layer
 
@@ -185,15 +185,9 @@ class _Hooked(GradientPath):
 
     def records_at_once(self, chunk: int) -> int:
         """How many of `chunk` records fit in memory, each as long as the longest; changes memory, not the result."""
-        size = self._held_a_record(1)
-        if len(self.features):
-            values, lengths = self.features.batch(slice(0, 1))
-            offsets = getattr(self.features, "offsets", None)
-            longest = values.shape[1] if lengths is None or offsets is None else int(offsets.diff().max())
-            longest = 1 if of_persons(self.targets) else longest  # `add_rows` cuts persons by their numbers of records
-            positions = longest if values.dim() == 3 else 1
-            size = max(self._held_a_record(positions), values[0, :1].numel() * longest)
-        return max(1, min(chunk, _BYTES // max(1, size * int(self.parameters[0].element_size()))))
+        number, persons = int(self.parameters[0].element_size()), of_persons(self.targets)
+        # `add_rows` cuts persons by their numbers of records
+        return at_once(self.features, self._held_a_record, chunk, number, persons=persons)
 
     @abstractmethod
     def _held_a_record(self, positions: int) -> int:
@@ -256,11 +250,7 @@ class Ghost(_Hooked):
         return _GhostHooks(self.trainable)
 
     def _held_a_record(self, positions: int) -> int:
-        held = 0
-        for layer in self.trainable.modules():
-            trained = sum(p.numel() for p in layer.parameters(recurse=False) if p.requires_grad)
-            held += layer.out_features * positions if trained and type(layer) is nn.Linear else trained
-        return max(1, held)
+        return held_a_record(self.trainable, positions)
 
     def _add_finite(self, values: Tensor, lengths: Tensor | None, targets: Tensor) -> None:
         kept = self.hooks.kept

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fedhead.common.models.memory import records_at_once
 from fedhead.common.models.trainable import Trainable
 from fedhead.common.preparation import Labelled
 from fedhead.common.tasks import Task
@@ -15,12 +16,13 @@ BATCH = 4096
 
 
 def outputs_of(trainable: Trainable, records: Labelled, batch: int = BATCH) -> Tensor:
-    """The head's outputs over records, in batches.
+    """The head's outputs over records, in batches of at most `batch` that fit in memory.
 
     Returns
     -------
     Tensor, shape (N, K)
     """
+    batch = records_at_once(trainable, records.features, batch)
     trainable.eval()
     try:
         with torch.inference_mode():

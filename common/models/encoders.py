@@ -231,9 +231,15 @@ def load_transformers(settings: ModelSettings, base: Path, vector_size: int | No
     """The network behind ``transformers:ID_OR_PATH``; see `load_backbone`."""
     name = settings.backbone.partition(":")[2]
     if settings.weights is not None:
-        folder = resolve(settings.weights, base)
-        folder = folder.parent if folder.is_file() else folder
         shown = f'model.weights is "{settings.weights}"'
+        folder = resolve(settings.weights, base)
+        if folder.is_file():
+            file, folder = folder, folder.parent
+            if file != weights_file(folder):
+                raise ModelError(
+                    f"{shown}: transformers loads the folder's {weights_file(folder).name} instead. Put this file into "
+                    "a folder of its own, under that name and with its config.json."
+                )
     else:
         shown = f'model.backbone is "{settings.backbone}"'
         folder = base / name if (base / name / "config.json").is_file() else hub_folder(name, settings.backbone)

@@ -11,26 +11,30 @@ The cut, counted from the end:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models import VGG, ResNet, VisionTransformer
+from torchvision.models import VGG, DenseNet, ResNet, VisionTransformer
 
 from fedhead.common.config.schema import ModelSettings
 from fedhead.common.errors import ModelError
 from fedhead.common.models.cut import Chain, Frozen, Tail, cut_chain, no_cut
 from fedhead.common.models.images import ImagePipeline
 from fedhead.common.models.network import Network
-from fedhead.common.models.weights import check_pin, hub_file, load_into, read_state, resolve
+from fedhead.common.models.weights import check_pin, hub_file, load_into, read_state, renamed, resolve
 
 CUTTABLE = "torchvision's ResNets, VGGs and vision transformers"
 # Arguments that make a model what its weights were trained as, without the auxiliary classifiers.
 ARGUMENTS: dict[str, Any] = {"aux_logits": False, "transform_input": True, "init_weights": False}
 AUXILIARY = ("aux", "AuxLogits")
+# The published DenseNets are older than the rule that a module's name holds no dot: norm.1 there is norm1 here.
+DENSE = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var))")
 
 
 def classification_models() -> list[str]:
@@ -38,14 +42,34 @@ def classification_models() -> list[str]:
     return list(torchvision.models.list_models(module=torchvision.models))
 
 
-def build(name: str) -> nn.Module:
-    """A model of torchvision with random weights, its classifier still on."""
+def build(name: str, state: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """A model of torchvision with random weights, its classifier still on.
+
+    Parameters
+    ----------
+    name : str
+    state : mapping, optional
+        The weights that it is to take: a vision transformer is built for as many patches as they have. Default: for
+        those of its default weights.
+    """
     builder = torchvision.models.get_model_builder(name)
     # googlenet and inception_v3 hand these through **kwargs to the class, where the arguments show.
     cls = {"googlenet": torchvision.models.GoogLeNet, "inception_v3": torchvision.models.Inception3}.get(name)
     accepted = inspect.signature(cls).parameters if cls is not None else {}
-    model: nn.Module = builder(weights=None, **{key: value for key, value in ARGUMENTS.items() if key in accepted})
+    arguments = {key: value for key, value in ARGUMENTS.items() if key in accepted}
+    if name.startswith("vit_"):
+        arguments["image_size"] = _side(name, state or {})
+    model: nn.Module = builder(weights=None, **arguments)
     return model
+
+
+def _side(name: str, state: Mapping[str, Tensor]) -> int:
+    """Pixels a side of the images that a vision transformer's weights were trained on."""
+    positions = state.get("encoder.pos_embedding")  # (1, 1 + patches, H)
+    if positions is not None and positions.ndim == 3 and positions.shape[1] > 1:
+        return math.isqrt(positions.shape[1] - 1) * int(name.rpartition("_")[2])  # vit_h_14: patches of 14 pixels
+    size: int = torchvision.models.get_model_weights(name).DEFAULT.meta["min_size"][0]
+    return size
 
 
 def remove_classifier(model: nn.Module) -> str:
@@ -78,9 +102,12 @@ def load_torchvision(settings: ModelSettings, base: Path, vector_size: int | Non
         if path.is_dir():
             raise ModelError(f"{shown}: torchvision's weights are one file, not a folder. Name the file in it.")
     check_pin(path, settings.sha256)
-    model = build(name)
+    state = read_state(path)
+    model = build(name, state)
     removed = remove_classifier(model)
-    load_into(model, read_state(path), shown, removed=(f"{removed}.", *AUXILIARY))
+    if isinstance(model, DenseNet):
+        state = renamed(state, DENSE)
+    load_into(model, state, shown, removed=(f"{removed}.", *AUXILIARY))
     pipeline = default_pipeline(default.transforms()).override(settings.image)
     return as_network(model, f"torchvision:{name}", pipeline)
 

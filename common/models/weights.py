@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,30 @@ def read_state(path: Path) -> dict[str, Tensor]:
         state = state["state_dict"]  # the usual shape of a training checkpoint
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ModelError(f"{shown}: it must hold a state dict, name to tensor. Save the module's state_dict().")
-    return dict(state)
+    return _with_versions(state, state)
+
+
+def _versions(state: object) -> dict[str, dict[str, int]]:
+    """Layer -> the version its tensors were saved with, as ``state_dict()`` hangs it on what it gives; empty without.
+
+    MNASNet reads nothing without it, and ViT's layers see by it whether names are old. Whatever else lies there is
+    left out: the file chose it.
+    """
+    found = getattr(state, "_metadata", None)
+    if not isinstance(found, Mapping):
+        return {}
+    return {
+        name: {"version": about["version"]}
+        for name, about in found.items()
+        if isinstance(name, str) and isinstance(about, Mapping) and type(about.get("version")) is int
+    }
+
+
+def _with_versions(state: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `state`, with the versions of `saved` where ``load_state_dict`` looks for them."""
+    found: OrderedDict[str, Tensor] = OrderedDict(state)
+    found._metadata = _versions(saved)  # type: ignore[attr-defined]
+    return found
 
 
 def load_into(network: nn.Module, state: Mapping[str, Tensor], shown: str, removed: tuple[str, ...] = ()) -> None:
@@ -145,17 +169,20 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], shown: str, remov
     network : nn.Module
         Every parameter and buffer of it must be in `state`, with the same shape.
     state : mapping
-        Name to tensor.
+        Name to tensor, from `read_state`, whose versions of layers are heeded.
     shown : str
         The setting and value to name in an error.
     removed : tuple of str
         Prefixes of keys that may be in `state` without being in `network`: removed classifiers.
     """
-    state = {name: value for name, value in state.items() if not name.startswith(removed)} if removed else dict(state)
+    kept = {name: value for name, value in state.items() if not (removed and name.startswith(removed))}
     try:
-        missing, unexpected = network.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise ModelError(f"{shown}: tensors have other shapes than the backbone's. Use weights made for it.") from error
+        missing, unexpected = network.load_state_dict(_with_versions(kept, state), strict=False)
+    except (RuntimeError, ValueError) as error:  # MNASNet raises the latter for a version that it doesn't know
+        raise ModelError(
+            f"{shown}: tensors have other shapes than the backbone's, or no version that it reads. "
+            "Use weights made for it, as they were published."
+        ) from error
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     if missing or unexpected:
         first = (missing + unexpected)[0]
@@ -163,6 +190,13 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], shown: str, remov
             f"{shown}: {len(missing)} tensors are missing and {len(unexpected)} are not the backbone's, "
             f'"{first}" first. Use weights made for this backbone.'
         )
+
+
+def renamed(state: Mapping[str, Tensor], pattern: re.Pattern[str]) -> dict[str, Tensor]:
+    """The same tensors and versions; of a name that matches, the pattern's groups put together."""
+    names = {name: pattern.fullmatch(name) for name in state}
+    changed = {"".join(found.groups()) if (found := names[name]) else name: value for name, value in state.items()}
+    return _with_versions(changed, state)
 
 
 def hub_file(url: str, backbone: str) -> Path:

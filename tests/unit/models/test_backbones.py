@@ -1,6 +1,7 @@
 """Backbones: what goes in, what comes out, and real weights."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,18 @@ def test_vit_from_a_folder(vit_folder, tmp_path):
     mean = load_backbone(ModelSettings(backbone="transformers:x", weights=str(folder)), tmp_path)
     torch.testing.assert_close(mean.forward(batch)[0], reference[:, 1:].mean(1))  # over patches
     assert mean.digest == backbone.digest
+
+
+def test_only_the_file_that_transformers_loads_can_be_named(vit_folder, tmp_path):
+    folder = shutil.copytree(vit_folder[0], tmp_path / "models")
+    shutil.copy(folder / "model.safetensors", folder / "finetuned.safetensors")
+    named = load_backbone(ModelSettings(backbone="transformers:x", weights="models/model.safetensors"), tmp_path)
+    assert named.digest == load_backbone(ModelSettings(backbone="transformers:x", weights="models"), tmp_path).digest
+    for name in ("finetuned.safetensors", "config.json"):
+        with pytest.raises(ModelError, match=r"loads the folder's model\.safetensors instead\. Put") as error:
+            load_backbone(ModelSettings(backbone="transformers:x", weights=f"models/{name}"), tmp_path)
+        assert str(error.value).startswith(f'model.weights is "models/{name}": ')
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,19 @@ def test_load_into_wants_all_of_it():
         one_line(error)
 
 
+def test_versions_of_layers_come_along_and_nothing_else(tmp_path):
+    state = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).state_dict()
+    state._metadata["0"] = {"version": "2", "assign_to_params_buffers": True}
+    state._metadata["1"]["more"] = [1]
+    torch.save({"state_dict": state}, tmp_path / "net.pth")
+    read = weights.read_state(tmp_path / "net.pth")
+    assert read._metadata == {"": {"version": 1}, "1": {"version": 2}}
+    weights.load_into(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), read, "x")
+    state._metadata = ["nothing"]
+    torch.save(state, tmp_path / "net.pth")
+    assert weights.read_state(tmp_path / "net.pth")._metadata == {}
+
+
 def test_hub_files(tmp_path, monkeypatch):
     content = b"weights"
     name = f"net-{hashlib.sha256(content).hexdigest()[:8]}.pth"

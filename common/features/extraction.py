@@ -9,6 +9,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from hashlib import blake2b, sha256
 from pathlib import Path
@@ -88,8 +89,8 @@ def extract(
     -------
     FeatureSet
         Not normalised. With a cache its values are mapped from a file that all processes share. A record whose image
-        can't be decoded has NaN for features; its origin goes to the logger `fedhead.records` (level INFO), which is
-        the data holder's own.
+        can't be decoded has NaN for features. The origin of every record whose features aren't finite goes to the
+        logger `fedhead.records` (level INFO), which is the data holder's own, from a warm cache too.
 
     Raises
     ------
@@ -108,6 +109,34 @@ def extract(
         )
     if len(records) == 0:
         return FeatureSet(torch.zeros(0, backbone.dim))
+    try:
+        found = _found_or_computed(backbone, records, cache, settings, progress)
+    except _Outside as outside:
+        raise outside.error from None
+    for position in (~found.finite()).nonzero().flatten().tolist():
+        log.info("record skipped, it can't be decoded or has no finite features: %s", records.origin(position))
+    return found
+
+
+class _Outside(Exception):
+    """An OSError of the backbone or the records, on its way past what is told of the cache."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error = error
+
+
+@contextmanager
+def _outside() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _Outside(error) from error
+
+
+def _found_or_computed(
+    backbone: Backbone, records: Records, cache: Path | None, settings: FeatureSettings, progress: Progress | None
+) -> FeatureSet:
     if cache is None:
         arrays = _compute(backbone, records, settings, progress, allocate=_in_memory, spool=io.BytesIO())
         return FeatureSet(*(torch.from_numpy(array) for array in arrays.values()))
@@ -185,8 +214,6 @@ def _compute(
             progress(done, total)
     if len(failed) == total:
         raise DataError(f"data.source: none of its {total} images can be decoded. Check the files.")
-    for position in failed:
-        log.info("record skipped, it can't be decoded: %s", records.origin(position))
     if values is not None:
         values[failed] = np.nan
         return {VALUES: values}
@@ -221,7 +248,8 @@ def _forward(
     backbone: Backbone, batch: dict[str, Tensor], dtype: str, asked: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
     with torch.inference_mode():
-        values, lengths = backbone.forward(batch)
+        with _outside():
+            values, lengths = backbone.forward(batch)
         if dtype == "float16":
             # A finite feature must stay finite: the record would else lose all weight in training.
             values = torch.where(values.isfinite(), values.clamp(-HALF_LIMIT, HALF_LIMIT), torch.nan)
@@ -239,14 +267,16 @@ Batch = tuple[np.ndarray, np.ndarray, dict[str, Tensor] | None]
 
 def _batches(backbone: Backbone, records: Records, size: int) -> Iterator[Batch]:
     """Positions with an input, positions without one, and the batch; made ahead in a thread of its own."""
-    order = _order(backbone, records)
+    with _outside():
+        order = _order(backbone, records)
     parts = iter(np.array_split(order, -(-len(order) // size)))
 
     def make(part: np.ndarray) -> Batch:
-        inputs = records.inputs(part)
-        there = np.array([one is not None for one in inputs], dtype=bool)
-        kept = [one for one in inputs if one is not None]
-        return part[there], part[~there], backbone.collate(kept) if kept else None
+        with _outside():
+            inputs = records.inputs(part)
+            there = np.array([one is not None for one in inputs], dtype=bool)
+            kept = [one for one in inputs if one is not None]
+            return part[there], part[~there], backbone.collate(kept) if kept else None
 
     with ThreadPoolExecutor(1, thread_name_prefix="fedhead-collate") as pool:
         waiting: deque[Future[Batch]] = deque()

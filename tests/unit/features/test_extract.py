@@ -183,6 +183,18 @@ def test_a_corrupt_image_becomes_nan_and_is_named_in_the_log_only(order: list[in
     assert all(record.levelno == logging.INFO for record in caplog.records)
 
 
+def test_a_corrupt_image_is_named_from_a_warm_cache_too(tmp_path: Path, caplog) -> None:
+    records = images(png(3), b"broken", png(2))
+    for ragged in (False, True):
+        for _ in range(2):
+            caplog.clear()
+            with caplog.at_level(logging.INFO, "fedhead.records"):
+                backbone = fake.FakeBackbone(kind="image", ragged=ragged)
+                extract(backbone, records, tmp_path / str(ragged), SETTINGS)
+            assert [record.getMessage().rsplit("/", 1)[1] for record in caplog.records] == ["1.png"]
+        assert backbone.batches == []
+
+
 def test_a_corrupt_image_takes_one_token_of_nan_when_ragged(tmp_path: Path) -> None:
     records = images(png(3), b"broken", png(2), b"broken")
     features = extract(fake.FakeBackbone(kind="image", ragged=True), records, tmp_path, FeatureSettings(batch_size=2))
@@ -218,3 +230,29 @@ def test_a_fault_while_collating_reaches_the_caller_and_leaves_nothing(tmp_path:
     with pytest.raises(RuntimeError, match="tokenizer"):
         extract(backbone, fake.sentences(), tmp_path, SETTINGS)
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("part", ["collate", "forward", "cost"])
+def test_a_file_that_the_backbone_misses_is_not_told_as_the_cache_s_fault(tmp_path: Path, part: str) -> None:
+    backbone = fake.FakeBackbone()
+
+    def fail(*_: Any) -> Any:
+        raise FileNotFoundError(2, "No such file", "vocabulary.txt")
+
+    setattr(backbone, part, fail)
+    for cache in (tmp_path, None):
+        with pytest.raises(FileNotFoundError, match="vocabulary"):
+            extract(backbone, fake.sentences(), cache, SETTINGS)
+
+
+def test_a_cache_that_can_not_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cache in .* can't be written"):
+        extract(fake.FakeBackbone(), fake.sentences(), tmp_path / "file", SETTINGS)
+
+    def full(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fedhead.common.features.extraction.create_array", full)
+    with pytest.raises(DataError, match=r"can't be written \(No space left"):
+        extract(fake.FakeBackbone(), fake.sentences(), tmp_path / "cache", SETTINGS)

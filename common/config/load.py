@@ -131,6 +131,6 @@ def find_recipe(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         With every fault at once.
     """
     known = builtin_recipes()
-    if str(name) in known and not Path(name).exists():
+    if str(name) in known and not Path(name).is_file():  # a folder is no recipe
         return load_recipe(known[str(name)], overrides)
     return load_recipe(name, overrides)

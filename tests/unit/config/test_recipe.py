@@ -270,6 +270,15 @@ def test_built_in_recipes_are_valid(name):
     assert config.data.declared_records is not None
 
 
+def test_a_folder_does_not_hide_a_built_in_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()
+    assert find_recipe("quickstart").task.labels == ["negative", "positive"]
+    (tmp_path / "digits").write_text("[task]\n")
+    with pytest.raises(ConfigError):
+        find_recipe("digits")  # a file of that name is the user's own
+
+
 def test_the_three_recipes_exist():
     assert {"quickstart", "digits", "cifar10"} <= set(builtin_recipes())
 

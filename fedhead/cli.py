@@ -6,6 +6,7 @@ Heavy imports happen inside the commands: `fedhead --help` must not import torch
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -171,6 +172,9 @@ def predict(
     inputs: Annotated[list[str], typer.Argument(help="A csv, json or parquet file, images, a folder, or - for stdin.")],
     column: Annotated[str | None, typer.Option(help="Column of the input; default: text.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write here instead of stdout.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="The backbone's weights here: a path or pkg://... Default: as in the run.")
+    ] = None,
     allow_modules: Annotated[
         bool, typer.Option("--allow-modules", help="Let the model name code of its own (module:...); trust it first.")
     ] = False,
@@ -179,7 +183,9 @@ def predict(
     """Labels and probabilities for new records."""
     from fedhead.simulations.predict import predict_file
 
-    predict_file(model_dir, inputs, out=out, column=column, as_json=as_json, allow_modules=allow_modules)
+    predict_file(
+        model_dir, inputs, out=out, column=column, as_json=as_json, weights=weights, allow_modules=allow_modules
+    )
 
 
 @app.command()
@@ -267,6 +273,14 @@ def _terminated(*_: object) -> NoReturn:
 
 
 def _fail(text: str, status: int) -> NoReturn:
+    as_json = "--json-logs" in sys.argv
+    if as_json:  # a collector gets the last lines in the form of all the others
+        from fedhead.common.operations.logs import set_up_logs
+
+        set_up_logs("client" if sys.argv[1] == "join" else "server", as_json=True)
     for line in text.splitlines():
-        typer.echo(f"fedhead: {line}", err=True)
+        if as_json:
+            logging.getLogger("fedhead").error("%s", line)
+        else:
+            typer.echo(f"fedhead: {line}", err=True)
     sys.exit(status)

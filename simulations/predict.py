@@ -18,9 +18,10 @@ from typing import Any, Final, Protocol, TextIO
 
 import numpy as np
 
+from fedhead.common.config.places import path_from
 from fedhead.common.data.inputs import decode_image
 from fedhead.common.data.sources import load_records
-from fedhead.common.errors import InputError
+from fedhead.common.errors import DataError, InputError
 from fedhead.common.models.saved import Model, load_model
 
 TABLES: Final = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -45,6 +46,7 @@ def predict_file(
     as_json: bool = False,
     *,
     column: str | None = None,
+    weights: str | None = None,
     allow_modules: bool = False,
     batch_size: int = 64,
 ) -> int:
@@ -63,6 +65,8 @@ def predict_file(
         One JSON object instead of CSV.
     column : str, optional
         The column of a table that holds the input; default: `text`, `image` or `vector`, whichever the model takes.
+    weights : str, optional
+        Where the backbone's weights are on this machine, as in `load_model`, but from the current folder.
     allow_modules : bool
         As in `load_model`.
     batch_size : int
@@ -84,7 +88,12 @@ def predict_file(
     be decoded has an empty label, and a warning on standard error.
     """
     _check_paths(inputs)
-    model = load_model(model_dir, allow_modules=allow_modules)
+    if weights is not None and not weights.startswith("pkg://"):
+        path = path_from(weights, Path.cwd())  # typed in a shell, not in a recipe
+        if not path.exists():
+            raise InputError(f'--weights is "{weights}": there is no such file or folder. Check the path.')
+        weights = str(path)
+    model = load_model(model_dir, weights=weights, allow_modules=allow_modules)
     blocks = _blocks(inputs, model.backbone.kind, column)
     # The first block is read before anything is written: a wrong column leaves no half-written output behind.
     first = next(blocks, None)
@@ -214,7 +223,11 @@ def _blocks(inputs: Sequence[str], kind: str, column: str | None) -> Iterator[Bl
 
 
 def _table(path: str, source: str, kind: str, column: str | None, prefix: str) -> Iterator[Block]:
-    records = load_records(f"{source}:{path}", {kind: column or kind}, None, Path.cwd(), setting="INPUT")
+    try:
+        records = load_records(f"{source}:{path}", {kind: column or kind}, None, Path.cwd(), setting="INPUT")
+    except DataError as error:  # told in a recipe's words; this command has others
+        told = str(error).replace(f"INPUT.columns.{kind}", "--column")
+        raise DataError(told.replace(f'INPUT.source is "{source}:', 'INPUT is "')) from error
     size = FEW if kind == "image" else BLOCK
     for start in range(0, len(records), size):
         stop = min(start + size, len(records))

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fedhead import __version__
 from fedhead.common.config import RunConfig
+from fedhead.common.config.places import path_from
 from fedhead.common.config.schema import ModelSettings, TaskSettings
 from fedhead.common.errors import DataError, ModelError
 from fedhead.common.models.backbones import Backbone, load_backbone
@@ -41,6 +42,9 @@ from fedhead.common.tasks import Task, make_task
 SCHEMA: Final = 1
 HEAD: Final = "head.safetensors"
 CARD: Final = "model.json"
+ELSEWHERE: Final = (
+    "Name the weights of the run: with --weights PATH of fedhead predict, or in Python fedhead.load(..., weights=PATH)."
+)
 OWN: Final = "module:fedhead.simulations.backbones:"  # factories of the built-in recipes
 
 
@@ -234,16 +238,21 @@ def load_model(
     if foreign and not allow_modules:
         raise ModelError(
             f'{shown}: it names code outside fedhead, "{foreign[0]}", which loading would run. '
-            "If you trust the folder, load it with allow_modules=True."
+            "If you trust the folder, load it with --allow-modules, or allow_modules=True in Python."
         )
     state = _read_head(folder, card, shown)
     settings = card.model if weights is None else card.model.model_copy(update={"weights": weights, "sha256": None})
     root = (folder / card.base).resolve() if base is None else base
+    theirs = card.model.weights
+    if weights is None and theirs and not theirs.startswith("pkg://") and not path_from(theirs, root).exists():
+        raise ModelError(
+            f'{shown}: there is no such file or folder here as its backbone\'s weights, "{theirs}". {ELSEWHERE}'
+        )
     backbone = load_backbone(settings, root, vector_size=card.vector_size)
     if backbone.digest != card.digest:
         raise ModelError(
             f'{shown}: its head was trained on a backbone with digest {card.digest[:12]}, but "{card.backbone}" loads '
-            f"here with {backbone.digest[:12]}. Load it with the weights of the run: load_model(..., weights=PATH)."
+            f"here with {backbone.digest[:12]}. {ELSEWHERE}"
         )
     if json.loads(backbone.preprocessing) != card.preprocessing:
         raise ModelError(

@@ -78,21 +78,24 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """Models whose answers are known: `high` for texts of more than 10 letters, bright images, x > 10."""
     (tmp_path / "predict_nets.py").write_text(NETS, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = {}
-    for name, limit in (("Lengths", 10.0), ("Brightness", 0.0), ("Same", 10.0)):
-        raw = {
-            "task": {"labels": LABELS},
-            "model": {"backbone": f"module:predict_nets:{name}", "features": {"normalize": False}},
-            "data": {"source": "csv:x.csv"},
-            "privacy": {"epsilon": 1.0},
-        }
-        config = make_config(raw, base=tmp_path)
-        backbone, task = load_backbone(config.model, tmp_path), make_task(config.task)
-        trainable = Trainable(tail=None, normalize=False, head=make_head(config.model.head, 2, task.outputs))
-        with torch.no_grad():
-            trainable.head.weight.copy_(torch.tensor([[0.0, 0.0], [1.0, -limit]]))
-        found[name] = save_model(tmp_path / name, trainable, config, backbone, task)
-    return found
+    limits = {"Lengths": 10.0, "Brightness": 0.0, "Same": 10.0}
+    return {name: save(tmp_path / name, tmp_path, name, limit) for name, limit in limits.items()}
+
+
+def save(folder: Path, base: Path, name: str, limit: float, **model: Any) -> Path:
+    """A model that answers `high` where the first feature, with the second as its unit, is above a limit."""
+    raw = {
+        "task": {"labels": LABELS},
+        "model": {"backbone": f"module:predict_nets:{name}", "features": {"normalize": False}, **model},
+        "data": {"source": "csv:x.csv"},
+        "privacy": {"epsilon": 1.0},
+    }
+    config = make_config(raw, base=base)
+    backbone, task = load_backbone(config.model, base), make_task(config.task)
+    trainable = Trainable(tail=None, normalize=False, head=make_head(config.model.head, 2, task.outputs))
+    with torch.no_grad():
+        trainable.head.weight.copy_(torch.tensor([[0.0, 0.0], [1.0, -limit]]))
+    return save_model(folder, trainable, config, backbone, task)
 
 
 def answers(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
@@ -148,9 +151,42 @@ def test_another_column_can_be_named(
     write_table(tmp_path / "d.csv", {"text": ["short"], "note": ["rather a long one"]})
     predict_file(models["Lengths"], [str(tmp_path / "d.csv")], column="note", allow_modules=True)
     assert answers(capsys)[1][1] == LABELS[1]
-    with pytest.raises(InputError, match="nope"):
+    with pytest.raises(InputError, match=r'^--column is "nope": the data has no such column\. Use one of: text, note'):
         predict_file(models["Lengths"], [str(tmp_path / "d.csv")], column="nope", allow_modules=True)
+    (tmp_path / "empty.csv").write_text("text\n")
+    with pytest.raises(InputError, match=r'^INPUT is "[^:]*/empty\.csv": it holds no record'):
+        predict_file(models["Lengths"], [str(tmp_path / "empty.csv")], allow_modules=True)
     assert capsys.readouterr().out == ""
+
+
+def test_weights_that_lie_elsewhere_on_this_machine(
+    fedhead: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command names what helps, and it does."""
+    (tmp_path / "predict_nets.py").write_text(NETS, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    torch.save({"0.weight": 2 * torch.eye(2), "0.bias": torch.zeros(2)}, tmp_path / "w.pth")
+    save(tmp_path / "model", tmp_path, "Same", 10.0, weights="w.pth")
+    write_table(tmp_path / "v.csv", {"a": [6.0], "b": [0.5]})
+    command = ("predict", "model", "v.csv", "--column", "a, b", "--allow-modules")
+    status, before, _ = fedhead(*command)
+    assert status == 0
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "w.pth").rename(tmp_path / "elsewhere" / "w.pth")
+    status, _, err = fedhead(*command)
+    assert status == 2
+    assert err.startswith(
+        'fedhead: MODEL_DIR is "model": there is no such file or folder here as its backbone\'s weights'
+    )
+    assert "--weights PATH of fedhead predict" in err
+    assert fedhead(*command, "--weights", "elsewhere/w.pth") == (0, before, "")
+    status, _, err = fedhead(*command, "--weights", "w.pth")
+    assert (status, err) == (2, 'fedhead: --weights is "w.pth": there is no such file or folder. Check the path.\n')
+    torch.save({"0.weight": torch.eye(2), "0.bias": torch.zeros(2)}, tmp_path / "w.pth")
+    status, _, err = fedhead(*command)
+    assert status == 2
+    assert "was trained on a backbone with digest" in err
+    assert "--weights PATH of fedhead predict" in err
 
 
 def test_standard_input_is_one_text_a_line(

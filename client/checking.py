@@ -108,7 +108,7 @@ def check_holder(
 
 def show_report(report: Report) -> None:
     """The report on stdout, as a table."""
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False, emoji=False)
     plain = out.options.ascii_only
     table = Table(title=f"{report.holder}: ready to take part?", title_justify="left", pad_edge=False)
     table.add_column("")

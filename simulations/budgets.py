@@ -109,7 +109,7 @@ def sign_statements(found: Mapping[str, Any], folder: Path) -> list[Path]:
 
 def show_budgets(found: Mapping[str, Any]) -> None:
     """The same on stdout, as a table with a line for each domain and for each of its runs."""
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False, emoji=False)
     rows = found["domains"]
     if not rows:
         out.print("nothing was ever spent or declared here")

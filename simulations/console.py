@@ -28,12 +28,12 @@ def progress_bars() -> Iterator[Listener | None]:
         yield None
         return
     bars = Progress(
-        TextColumn("{task.description:<18}"),
+        TextColumn("{task.description:<18}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=Console(stderr=True, markup=False, emoji=False),
     )
     ids: dict[str, TaskID] = {}
 
@@ -48,7 +48,7 @@ def progress_bars() -> Iterator[Listener | None]:
 
 def show_result(result: Result, folder: Path) -> None:
     """Accuracy beside its comparisons, privacy, time, and where everything lies."""
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False, emoji=False)
     names = [name for name in result.final if name != "loss"]
     table = Table(title=f"{result.name}: test records", title_justify="left", pad_edge=False)
     table.add_column("")
@@ -131,7 +131,7 @@ def _show_time(out: Console, result: Result) -> None:
 
 def show_seeds(summary: Mapping[str, Any]) -> None:
     """Mean and deviation over seeds."""
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False, emoji=False)
     table = Table(title=f"over {len(summary['seeds'])} seeds", title_justify="left", pad_edge=False)
     table.add_column("")
     for name in ("mean", "deviation", "least", "most"):
@@ -146,7 +146,7 @@ def show_seeds(summary: Mapping[str, Any]) -> None:
 
 def show_plan(found: Mapping[str, Any]) -> None:
     """Noise, epsilon over rounds, and what the run would leave of the holders' budgets."""
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False, emoji=False)
     out.print(
         f"{found['mechanism']}, noise multiplier {_rounded_up(found['noise_multiplier'])}"
         + (f", sample rate {found['sample_rate']:g}" if found["sample_rate"] else "")

@@ -78,7 +78,7 @@ def describe(folder: Path, now: datetime) -> dict[str, Any]:
 
 def show_keys(found: Mapping[str, Any]) -> None:
     """What `make_keys` or `describe_keys` found, on stdout, in 80 columns."""
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False, emoji=False)
     made = found.get("made")
     table = Table(title=Text(f"Keys in {found['folder']}"), title_justify="left", pad_edge=False)
     table.add_column("file", overflow="fold")

@@ -287,7 +287,7 @@ def _rates(
 
 def show_membership(found: Mapping[str, Any]) -> None:
     """What `audit_membership` found, on stdout, within 80 columns."""
-    out = Console(highlight=False, width=80)
+    out = Console(highlight=False, markup=False, emoji=False, width=80)
     table = Table(title=f"{found['recipe']}: membership attack on the final head", title_justify="left", pad_edge=False)
     for name in ("false positives", "members found", "95 %", "ceiling of the claim"):
         table.add_column(name, justify="right")

@@ -14,7 +14,7 @@ from fedhead.simulations.show import show_delta, show_epsilon
 
 def show_mechanism(found: Mapping[str, Any]) -> None:
     """Claim, lower bounds, every check, and the verdict, on stdout."""
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False, emoji=False)
     claim = found["claim"]
     out.print(
         Text(

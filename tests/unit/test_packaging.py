@@ -1,5 +1,6 @@
 """The layout: mapped folders, one top-level name, a listed package for every folder, a wheel that holds them all."""
 
+import ast
 import subprocess
 import sys
 import tomllib
@@ -53,6 +54,44 @@ def test_wheel_holds_one_top_level_name_and_all_files(tmp_path: Path):
             if path.suffix in (".py", ".toml", ".csv", ".html") and "__pycache__" not in path.parts:
                 assert f"fedhead/{path.relative_to(ROOT)}" in names, path
     assert "fedhead/py.typed" in names
+
+
+def modules(*words: str) -> dict[Path, str]:
+    """All modules of the project that have one of these words: path -> text."""
+    paths = [*(ROOT / "fedhead").glob("*.py"), *(path for top in MAPPED for path in (ROOT / top).rglob("*.py"))]
+    assert len(paths) > 200
+    texts = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in paths}
+    return {path: text for path, text in texts.items() if any(word in text for word in words)}
+
+
+def private_engines(code: str) -> list[int]:
+    """Lines that hand a model to Opacus's engine: it divides by the true count, and replaces loader and optimizer."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(code))
+        if (isinstance(node, ast.Attribute) and (node.attr == "PrivacyEngine" or node.attr.startswith("make_private")))
+        or (isinstance(node, ast.Name) and node.id == "PrivacyEngine")
+        or (isinstance(node, ast.alias) and node.name.endswith("PrivacyEngine"))
+    ]
+
+
+def test_opacus_is_never_used_through_make_private():
+    assert private_engines("import opacus\nopacus.PrivacyEngine().make_private_with_epsilon(1)") == [2, 2]
+    assert private_engines("from opacus import PrivacyEngine as E\n") == [1]
+    for path, code in modules("make_private", "PrivacyEngine").items():
+        assert private_engines(code) == [], path
+
+
+def test_no_console_reads_markup_in_what_people_typed():
+    """Of `[/x]` in a name rich makes an error, and of `[lr=3]` in a path nothing at all."""
+    seen = 0
+    for path, code in modules("Console(", "TextColumn(").items():
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Console", "TextColumn"):
+                given = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
+                assert given.get("markup") is False, f"{path}:{node.lineno}"
+                seen += 1
+    assert seen > 10
 
 
 def test_help_does_not_import_torch():

@@ -116,6 +116,22 @@ def test_without_a_terminal_output_is_plain_and_fits_80_columns(fedhead, monkeyp
     assert max(map(len, wrapped)) <= 80
 
 
+def test_several_seeds_from_the_command(fedhead, here):
+    status, out, err = fedhead("simulate", "r.toml", "--seeds", "2", "--out", "o")
+    assert (status, err) == (0, "")
+    found = json.loads((here / "o" / "seeds.json").read_text())
+    assert found["seeds"] == [0, 1]
+    loss = found["metrics"]["loss"]
+    assert loss["deviation"] > 0
+    assert "over 2 seeds" in out
+    row = next(line for line in out.splitlines() if "loss" in line)
+    shown = (loss["mean"], loss["deviation"], min(loss["values"]), max(loss["values"]))
+    assert re.findall(r"\d+\.\d+", row) == [f"{value:.3f}" for value in shown]
+    assert "results in o\n" in out
+    for seed in (0, 1):
+        assert json.loads((here / "o" / f"seed-{seed}" / "result.json").read_text())["config"]["run"]["seed"] == seed
+
+
 def test_runs_without_a_folder_get_one_each(fedhead, here):
     assert [fedhead("simulate", "r.toml")[0] for _ in range(2)] == [0, 0]
     assert len(list((here / "runs").glob("r-*/result.json"))) == 2

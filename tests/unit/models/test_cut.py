@@ -89,6 +89,7 @@ def normed(model: nn.Module) -> nn.Module:
 BERT = dict(vocab_size=len(WORDS), max_position_embeddings=34, pad_token_id=0, **TINY)
 FAMILIES: dict[str, Callable[[], Network]] = {
     "resnet18": image(lambda: normed(torchvision.models.resnet18()), 64),
+    "bottleneck": image(lambda: normed(slim_resnet50()), 64),
     "vgg11": image(lambda: slim_vgg(False), 32),
     "vgg11_bn": image(lambda: normed(slim_vgg(True)), 32),
     "vit_b": image(small_vit, 32),
@@ -125,6 +126,11 @@ def slim_vgg(norm: bool) -> nn.Module:
         nn.Linear(64, 24), nn.ReLU(True), nn.Dropout(), nn.Linear(24, 24), nn.ReLU(True), nn.Dropout(), nn.Linear(24, 9)
     )
     return model
+
+
+def slim_resnet50() -> nn.Module:
+    """The kind of block that resnet50 has, one a stage and narrow inside."""
+    return torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], width_per_group=8)
 
 
 def make(name: str, unfreeze: int) -> Backbone:

@@ -202,8 +202,8 @@ def draw_again(monkeypatch):
 def tell_why(monkeypatch):
     real = protocol.refuse
 
-    def telling(message, refused, holder):
-        return real(message, type(refused)(refused.code, f"{refused} {refused.__cause__}"), holder)
+    def telling(message, refused, holder, *mark):
+        return real(message, type(refused)(refused.code, f"{refused} {refused.__cause__}"), holder, *mark)
 
     monkeypatch.setattr(protocol, "refuse", telling)
 

@@ -81,7 +81,7 @@ class Upload:
             except ObjectPushError:
                 if wait == MOST_UPLOADS:
                     raise
-            else:
+            else:  # where nothing is missing the server has it all, or will take no more of it
                 self._all_there, self._given_up = True, False
                 return
 

@@ -51,6 +51,9 @@ from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 from flwr.supercore.protobuf.routing import ProtobufRoute
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_DEPENDENCY, ProtobufTranslationMiddleware
+from flwr.supercore.state.schema.corestate_models import ObjectPushSession as SessionModel
+from flwr.supercore.state.schema.corestate_models import ObjectPushSessionPending as PendingModel
+from flwr.supercore.state.schema.corestate_models import ObjectPushSessionRoot as RootModel
 from flwr.supercore.state.schema.linkstate_models import MessageIns as MessageInsModel
 from flwr.supercore.state.schema.linkstate_models import MessageRes as MessageResModel
 from flwr.supercore.state.schema.objectstore_models import ObjectChild, StoredObject
@@ -71,8 +74,8 @@ __all__ = [
     "PullMessagesRequest", "PullMessagesResponse", "PullObjectRequest", "PullObjectResponse", "PushMessagesRequest",
     "PushMessagesResponse", "PushObjectRequest", "PushObjectResponse", "Registration",
     "answer_unavailable", "create_node", "delete_node", "fleet_handlers", "fleet_router", "give_again",
-    "http_error_translator", "is_there", "make_inner", "node_of_message", "open_messages", "registrations",
-    "tree_of", "was_taken",
+    "http_error_translator", "is_in_upload", "make_inner", "node_of_message", "open_messages", "registrations",
+    "tree_of", "upload_of",
 ]  # fmt: skip
 
 PUBLIC_KEY_HEADER: Final = FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode()
@@ -314,29 +317,25 @@ def tree_of(state: Any, message_id: str) -> ObjectTree | None:
     return found
 
 
-def is_there(state: Any, node: int, object_id: str) -> bool:
-    """Whether an object is there with its bytes, as part of an answer of a node that the coordinator has yet to take.
+def upload_of(state: Any, message_id: str) -> tuple[str, list[str]] | None:
+    """The session in which the objects of a message are brought, and those that are missing; None where none is open.
 
-    An object's id is the SHA-256 of its bytes, and the store takes no others.
+    Flower knows nothing of an answer any more once the coordinator has its envelope, which may be before its sender
+    knows that it was taken.
     """
-    answers = (
-        select(MessageResModel.message_id)
-        .join(StoredObject, StoredObject.object_id == MessageResModel.message_id)
-        .where(MessageResModel.src_node_id == uint64_to_int64(node))
-    )
+    sessions = select(SessionModel.session_id).join(RootModel, RootModel.session_id == SessionModel.session_id)
     with state.session() as session:
-        if not session.scalar(select(StoredObject.is_available).where(StoredObject.object_id == object_id)):
-            return False
-        trees = [tree_of(state, str(name)) for name in session.scalars(answers).all()]
+        found = session.scalar(sessions.where(RootModel.root_object_id == message_id, SessionModel.expires_at > now()))
+        if found is None:
+            return None
+        missing = session.scalars(select(PendingModel.object_id).where(PendingModel.session_id == found)).all()
+    return str(found), list(missing)
+
+
+def is_in_upload(state: Any, session_id: str, object_id: str) -> bool:
+    """Whether an object is part of the message that an open session is for, and its bytes are there already."""
+    with state.session() as session:
+        roots = session.scalars(select(RootModel.root_object_id).where(RootModel.session_id == session_id)).all()
+        there = session.scalar(select(StoredObject.is_available).where(StoredObject.object_id == object_id))
+        trees = [tree_of(state, str(root)) for root in roots] if there else []
     return any(part.object_id == object_id for tree in trees if tree is not None for part in _from_the_top(tree))
-
-
-def was_taken(state: Any, node: int, message_id: str) -> bool:
-    """Whether the coordinator has had an answer of a node in full; its objects are gone then."""
-    statement = select(MessageResModel.message_id).where(
-        MessageResModel.message_id == message_id,
-        MessageResModel.src_node_id == uint64_to_int64(node),
-        MessageResModel.delivered_at != "",
-    )
-    with state.session() as session:
-        return session.scalar(statement) is not None and tree_of(state, message_id) is None

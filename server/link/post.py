@@ -16,11 +16,11 @@ from fedhead.server.link.flower import (
     ObjectTree,
     answer_unavailable,
     give_again,
-    is_there,
+    is_in_upload,
     node_of_message,
     open_messages,
     tree_of,
-    was_taken,
+    upload_of,
 )
 
 MOST_OBJECTS: Final = 4096  # of one message; fedhead's have fewer than ten
@@ -48,6 +48,7 @@ class Post:
         self._tries: dict[int, dict[str, int]] = defaultdict(dict)
         self._answers: dict[int, dict[str, dict[str, int]]] = {}  # node -> message answered -> object -> bytes
         self._brought: dict[int, dict[str, int]] = defaultdict(dict)  # node -> those of the answer that it brings now
+        self._taken: dict[int, set[str]] = defaultdict(set)  # and those of them that were stored
 
     def settle(self, node: int) -> None:
         """Deal with what a node has lost.
@@ -100,6 +101,7 @@ class Post:
         if node_of_message(self._state, message) != node:
             return  # it isn't kept
         with self._lock:
+            self._taken[node] = set()
             answers = self._answers.setdefault(node, {})
             self._brought[node] = answers.setdefault(message, {})
             while len(answers) > _MOST_OPEN:
@@ -118,13 +120,21 @@ class Post:
             brought[name] = size
         return True
 
-    def has_brought(self, node: int, name: str, content: bytes) -> bool:
-        """Whether an object of a node's answer is here: brought again, as the answer to an earlier try was lost."""
-        return sha256(content).hexdigest() == name and is_there(self._state, node, name)
+    def brought(self, node: int, name: str) -> None:
+        """An object of a node's answer was taken."""
+        with self._lock:
+            self._taken[node].add(name)
 
-    def has_answered(self, node: int, name: str) -> bool:
-        """Whether the coordinator has had all of an answer of a node, so that nothing of it is to be brought again."""
-        return was_taken(self._state, node, name)
+    def has_brought(self, node: int, session: str, name: str, content: bytes) -> bool:
+        """Whether an object of a node's answer was taken before: it comes again, as the answer to that was lost."""
+        if sha256(content).hexdigest() != name:  # what an object is called in Flower's store
+            return False
+        # This process may be younger than the first try; the session's number is its node's alone.
+        return name in self._taken.get(node, ()) or is_in_upload(self._state, session, name)
+
+    def begun(self, name: str) -> tuple[str, list[str]] | None:
+        """The session of an answer that was announced before, and what it lacks; None for one that is new, or whole."""
+        return upload_of(self._state, name)
 
 
 def objects_of(tree: ObjectTree) -> Iterator[str]:

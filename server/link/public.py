@@ -142,18 +142,22 @@ def _routes(state: Any, bell: Bell, post: Post) -> APIRouter:
         if request.message_object_trees[0].object_id != request.messages_list[0].metadata.message_id:
             raise HTTPException(403, NOT_YOURS)  # the objects of another answer could follow without end
         name = request.messages_list[0].metadata.message_id
-        if post.has_answered(node, name):
-            return PushMessagesResponse(results={name: 0})
         post.answered(node, request.messages_list[0].metadata.reply_to_message_id)
+        begun = post.begun(name)
+        if begun is not None:  # the answer to an earlier announcement was lost, or the server didn't take an object
+            session, missing = begun
+            return PushMessagesResponse(results={name: 0}, objects_to_push=missing, session_id=session)
         return fleet_handlers.push_messages(request=request, state=state)
 
     @router.post("/push-object")
     def push_object(request: Annotated[PushObjectRequest, PROTOBUF_REQUEST_DEPENDENCY]) -> PushObjectResponse:
-        if not post.may_bring(request.node.node_id, request.object_id, len(request.object_content)):
+        node, name, content = request.node.node_id, request.object_id, request.object_content
+        if not post.may_bring(node, name, len(content)):
             raise HTTPException(413, TOO_LARGE)
         answer = fleet_handlers.push_object(request=request, state=state)
-        # Flower takes an object once. When the answer to that is lost, the node brings it again.
-        if not answer.stored and post.has_brought(request.node.node_id, request.object_id, request.object_content):
+        if answer.stored:
+            post.brought(node, name)
+        elif post.has_brought(node, request.session_id, name, content):  # Flower takes an object once
             return PushObjectResponse(stored=True)
         return answer
 

@@ -222,7 +222,7 @@ def test_a_run_that_is_stopped(served, session):
     with pytest.raises(Stopped, match="was stopped"):
         session.grid.send_and_receive(instructions(served), timeout=90)
     timer.join(30)
-    assert stopped == [{"stopped": [session.flower_run]}]
+    assert [found["stopped"] for found in stopped] == [[session.flower_run]]
     assert status_of(served.server)["runs"][0]["state"] == "stopped"
     with pytest.raises(RunError, match="no run is under way"):
         stop_run(served.server)

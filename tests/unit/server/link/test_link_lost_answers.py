@@ -120,53 +120,80 @@ def contents(reply):
     return {name: part.deflate() for name, part in get_all_nested_objects(reply).items()}
 
 
-def arrived(state, run, message, reply):
+def take_envelope(state, run, message):
+    """As the coordinator does as soon as a reply is announced; Flower forgets message and reply then."""
+    (envelope,) = state.get_message_res({message.metadata.message_id}, run)
+    state.delete_messages(message_ins_ids={message.metadata.message_id})
+    return envelope.metadata.message_id
+
+
+def is_whole(state, run, reply):
     """Whether the coordinator can have all of the reply."""
-    envelopes = state.get_message_res({message.metadata.message_id}, run)
-    assert [one.metadata.message_id for one in envelopes] == [reply.object_id]
     return all(state.get_object(run, name) == content for name, content in contents(reply).items())
 
 
-@pytest.mark.parametrize("restarted", [False, True])
-def test_an_object_that_is_brought_again_is_taken_again(state, run, door, message, reply, restarted):
+@pytest.fixture(params=[False, True], ids=["waiting", "taken"])
+def after(request, state, run, message, reply):
+    """Called once the reply is announced; in half of the tests the coordinator takes the envelope at once."""
+    return lambda: request.param and take_envelope(state, run, message) == reply.object_id
+
+
+def test_an_object_that_is_brought_again_is_taken_again(state, run, door, reply, after):
     missing, session = door.announce(reply)
     assert missing == set(contents(reply))
+    after()
     for name, content in contents(reply).items():  # the last one ends the session
         assert door.bring(run, session, name, content)
-        if restarted:
-            door.restart()
         assert door.bring(run, session, name, content)
-    assert arrived(state, run, message, reply)
+    assert is_whole(state, run, reply)
 
 
-def test_an_announcement_that_is_made_again_names_what_is_missing(run, door, message, reply):
-    missing, session = door.announce(reply)
-    first = next(iter(missing))
-    assert door.bring(run, session, first, contents(reply)[first])
-    again, other = door.announce(reply)
-    assert again == missing - {first}
-    assert other != session
-    assert not door.bring(run, session, next(iter(again)), b"")  # that session has ended
-
-
-def test_an_answer_that_the_coordinator_has_had_is_not_brought_again(state, run, door, message, reply):
+def test_one_that_was_taken_by_a_server_that_was_ended_is_taken_again(state, run, door, reply, after):
     _, session = door.announce(reply)
+    after()
+    *others, last = contents(reply).items()
+    for name, content in others:
+        assert door.bring(run, session, name, content)
+        door.restart()
+        assert door.bring(run, session, name, content)
+    assert door.bring(run, session, *last)
+    door.restart()
+    door.bring(run, session, *last)
+    assert door.announce(reply)[0] == set()  # the node asks what is missing then
+    assert is_whole(state, run, reply)
+
+
+def test_an_announcement_that_comes_again_goes_on_where_the_first_was(state, run, door, reply, after):
+    missing, session = door.announce(reply)
+    after()
+    door.restart()  # before its answer
+    assert door.announce(reply) == (missing, session)
+    first = min(missing)
+    assert door.bring(run, session, first, contents(reply)[first])
+    assert door.announce(reply) == (missing - {first}, session)
+    for name in missing - {first}:
+        assert door.bring(run, session, name, contents(reply)[name])
+    assert is_whole(state, run, reply)
+
+
+def test_what_the_coordinator_has_had_is_not_brought_again(state, run, door, message, reply):
+    _, session = door.announce(reply)
+    take_envelope(state, run, message)
     for name, content in contents(reply).items():
         door.bring(run, session, name, content)
-    assert arrived(state, run, message, reply)
-    state.object_store.delete(reply.object_id)  # as the coordinator confirms it
-    assert tree_of(state, reply.object_id) is None
-    assert door.announce(reply) == (set(), "")
+    state.object_store.delete(reply.object_id)  # as it confirms that it has all
+    assert door.bring(run, session, name, content)
+    assert door.announce(reply)[0] == set()
     assert not [name for name in contents(reply) if name in state.object_store]
 
 
-def test_only_the_nodes_own_objects_are_taken_again(state, run, door, message, reply):
+def test_only_the_nodes_own_objects_are_taken_again(state, run, door, reply):
     """Nobody can find out whether somebody else has sent some bytes."""
     _, session = door.announce(reply)
     name, content = next(iter(contents(reply).items()))
     assert door.bring(run, session, name, content)
     other = Door(state, BENCH.make_node(state, next(NUMBERS)))
-    assert not other.bring(run, session, name, content)
+    assert not other.bring(run, "", name, content)
     assert not door.bring(run, session, name, content + b"x")
     assert hashlib.sha256(content).hexdigest() == name
 
@@ -184,15 +211,30 @@ def test_a_message_may_be_confirmed_again_by_its_node_alone(state, run, door, me
         door.confirm(run, name)
 
 
-def test_the_nodes_way_to_the_server_outlives_a_session_that_has_ended(state, run, door, message, reply, monkeypatch):
-    """The node and the routes together: the server drops what a node has brought, as it does after three minutes."""
+@pytest.fixture
+def upload(door, reply, monkeypatch):
+    """The node's own way to the routes."""
     monkeypatch.setattr("fedhead.client.joining.uploading.time.sleep", lambda _: None)
 
-    def push(run_, session, name, content):
-        if not door.bring(run_, session, name, content):
-            raise ObjectPushError(name, run_, session)
+    def push(run, session, name, content):
+        if not door.bring(run, session, name, content):
+            raise ObjectPushError(name, run, session)
 
-    upload = Upload(contents(reply), lambda reply_, *_: door.announce(reply), push)
+    return Upload(contents(reply), lambda again, *_: door.announce(again), push)
+
+
+def test_a_reply_arrives_although_the_server_is_ended_after_every_object(state, run, door, reply, upload, after):
+    missing, session = upload.send(reply, get_object_tree(reply), 0.0)
+    after()
+    for name in sorted(missing):
+        door.bring(run, session, name, contents(reply)[name])  # its answer is lost
+        door.restart()
+        upload.push_object(run, session, name, contents(reply)[name])
+    assert is_whole(state, run, reply)
+
+
+def test_a_reply_arrives_although_the_server_drops_what_it_has(state, run, door, reply, upload):
+    """As it does with an upload that takes three minutes."""
     missing, session = upload.send(reply, get_object_tree(reply), 0.0)
     first, *others = sorted(missing)
     upload.push_object(run, session, first, contents(reply)[first])
@@ -200,4 +242,4 @@ def test_the_nodes_way_to_the_server_outlives_a_session_that_has_ended(state, ru
     assert first not in state.object_store
     for name in others:
         upload.push_object(run, session, name, contents(reply)[name])
-    assert arrived(state, run, message, reply)
+    assert is_whole(state, run, reply)

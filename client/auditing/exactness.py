@@ -15,8 +15,10 @@ from typing import Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedhead.client.auditing.canaries import flat, joined, load_flat
+from fedhead.client.auditing.diagnosis import fault_of
 from fedhead.client.auditing.planted import PlantedCanaries
 from fedhead.client.auditing.reference import Reference
 from fedhead.client.auditing.setup import Setup, Units, still
@@ -28,6 +30,7 @@ from fedhead.common.privacy.audit.findings import Check
 from fedhead.common.privacy.clipping import finite_records
 
 FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
 
 ALLOWED: Final = 2.0**-10
 """Most that a sum may be from the reference, in clipping norms, beside `EACH` a unit: rounding, as in contributions."""
@@ -43,6 +46,8 @@ _RATE: Final = 0.1
 _BRIEFLY, _SLOW = 15, 0.01  # the same behind a cut
 _MANY: Final = CHUNK + 33  # units in a data set of several chunks
 _MOST: Final = 20_000  # trained numbers up to which that is looked at: a few seconds
+_TELLING: Final = 20  # units in the smallest data set, or a quarter of the trained numbers
+_TOLD: Final = 2**24  # numbers of all gradients up to which a fault is explained: 128 MB
 _FEW: Final = 64  # records that a head is fitted to, and a whole round is made of, behind a cut or with more numbers
 
 
@@ -58,20 +63,20 @@ class Exactness:
         The same in clipping norms.
     sums : int
         That were compared.
+    fault : str
+        What is wrong with the first that failed, in a sentence; "" if none did.
     """
 
     share: float
     distance: float
     sums: int
+    fault: str = ""
 
     def check(self) -> Check:
         """The verdict: a question without chance."""
         passed = self.share <= 1
         good = "Apart from the noise every sum is that of the records as drawn, each clipped by itself."
-        bad = (
-            "Apart from the noise a sum isn't that of the records as drawn, each clipped by itself: some are clipped "
-            "too little, counted twice, mixed with others, or left out because of others."
-        )
+        bad = f"Apart from the noise a sum is wrong. {self.fault}".strip()
         figure = f"{self.distance:.2g} clipping norms apart at most, in {self.sums} sums"
         return Check("exact-sums", "Sums against an independent reference", passed, figure, good if passed else bad)
 
@@ -86,9 +91,10 @@ def largest_difference(setup: Setup) -> Exactness:
 
     Notes
     -----
-    Two heads under which gradients are long, one that fits the records, under which they are short and not clipped,
-    and more than one chunk. Behind a cut, and with many trained numbers, fewer records are looked at. Both sides read
-    the same sample and drop the same, so that neither is looked at here.
+    A few records first, so few that a fault can be told by name. Then with canaries: two heads under which gradients
+    are long, one that fits the records, under which they are short and not clipped, and more than one chunk. Behind a
+    cut, and with many trained numbers, fewer records are looked at. Both sides read the same sample and drop the same,
+    so that neither is looked at here.
     """
     plan, canaries = setup.plan, setup.canaries
     quiet = replace(plan, noise_multiplier=_NOISE, proximal_mu=0.0)
@@ -98,48 +104,82 @@ def largest_difference(setup: Setup) -> Exactness:
     real = setup.real if small else (setup.features.slice(0, _FEW), setup.targets[:_FEW])
     worst = Exactness(0.0, 0.0, 0)
     heads = list(_heads(setup))
-    rounds: list[tuple[Units, FloatArray, StepPlan]] = [(real, head, quiet) for head in heads]
+    crafted = canaries.units()
+    few = min(_TELLING, max(1, reference.parameters // 4))
+    rounds: list[tuple[Units, FloatArray, StepPlan]] = [((real[0].slice(0, few), real[1][:few]), heads[0], quiet)]
+    rounds += [(joined(real, crafted), head, quiet) for head in heads]
     if canaries.records is None and small:
         many = torch.arange(_MANY) % len(real[1])
-        rounds.append(((FeatureSet(real[0].values[many]), real[1][many]), heads[0], quiet))
+        rounds.append((joined((FeatureSet(real[0].values[many]), real[1][many]), crafted), heads[0], quiet))
     elif canaries.records is None:
-        rounds.append((real, heads[0], replace(quiet, chunk=max(1, len(real[1]) // 3))))
-    trainer = setup.trainer(double=True)
-    for number, (units, head, plan_of) in enumerate(rounds, 1):
+        rounds.append((joined(real, crafted), heads[0], replace(quiet, chunk=max(1, len(real[1]) // 3))))
+    trainer, unit = setup.trainer(double=True), "record" if canaries.records is None else "person"
+    for number, (data, head, plan_of) in enumerate(rounds, 1):
         load_flat(trainer.trainable, head)
-        data = joined(units, canaries.units())
         allowed = ALLOWED + EACH * len(data[1]) + (PERSON if canaries.records is not None else 0.0)
         try:
             seen = watch(trainer, *data, plan_of, setup.streams_for(number))
         except RunError:
-            return Exactness(math.inf, math.inf, worst.sums + 1)
+            fault = worst.fault or f"A round of {len(data[1])} {unit}s was refused: they show by that alone."
+            return Exactness(math.inf, math.inf, worst.sums + 1, fault)
         for step, release in enumerate(seen.releases(plan_of)):
-            expected = _expected(setup, reference, data, seen, step)
-            apart = float(np.linalg.norm(release - expected)) / plan.clipping_norm
+            stepped = _Step(setup, reference, data, seen, step, planted=number > 1)
+            apart = float(np.linalg.norm(release - stepped.expected())) / plan.clipping_norm
             apart = apart if math.isfinite(apart) else math.inf
-            worst = largest([worst, Exactness(apart / allowed, apart, 1)])
+            fault = "" if apart <= allowed else stepped.fault(release, unit)
+            worst = largest([worst, Exactness(apart / allowed, apart, 1, fault)])
     return worst
 
 
 def largest(found: Sequence[Exactness]) -> Exactness:
-    """The worst of all that were found."""
+    """The worst of all that were found, with the fault of the first that has one."""
     shares, distances, sums = zip(*((one.share, one.distance, one.sums) for one in found), strict=True)
-    return Exactness(max(shares), max(distances), sum(sums))
+    return Exactness(max(shares), max(distances), sum(sums), next((one.fault for one in found if one.fault), ""))
 
 
-def _expected(setup: Setup, reference: Reference, data: Units, seen: Seen, step: int) -> FloatArray:
-    """The sum of a step by the reference: of all units, or without those whose gradients are planted, and theirs."""
-    (units, wanted), norm, canaries = data, setup.plan.clipping_norm, setup.canaries
-    index = np.arange(len(wanted))
-    if setup.plan.mechanism == "poisson":
-        index = seen.samples.get(step, np.empty(0, dtype=np.int64))
-    planted = np.zeros(reference.parameters)
-    if isinstance(canaries, PlantedCanaries):
-        others = len(wanted) - len(canaries)
-        chosen = np.isin(np.arange(len(canaries)) + others, index)
-        planted, index = canaries.signatures(norm, chosen).total, index[index < others]
-    head = seen.heads[step].double().numpy()
-    return planted + reference.clipped_sum(head, units, wanted, norm, torch.from_numpy(index), seen.masks[step])
+@dataclass(frozen=True)
+class _Step:
+    """A step of a round that was seen, and what it was of; `planted` says that its last units are the canaries."""
+
+    setup: Setup
+    reference: Reference
+    data: Units
+    seen: Seen
+    step: int
+    planted: bool
+
+    @property
+    def head(self) -> FloatArray:
+        return self.seen.heads[self.step].double().numpy()
+
+    def drawn(self) -> tuple[Tensor, BoolArray]:
+        """Positions of the units that were drawn, without those whose gradients are planted; and which of these."""
+        canaries, number = self.setup.canaries, len(self.data[1])
+        index = np.arange(number)
+        if self.setup.plan.mechanism == "poisson":
+            index = self.seen.samples.get(self.step, np.empty(0, dtype=np.int64))
+        planted = len(canaries) if self.planted and isinstance(canaries, PlantedCanaries) else 0
+        others = number - planted
+        return torch.from_numpy(index[index < others]), np.isin(np.arange(planted) + others, index)
+
+    def expected(self) -> FloatArray:
+        """The sum by the reference."""
+        (index, chosen), norm, canaries = self.drawn(), self.setup.plan.clipping_norm, self.setup.canaries
+        total = self.reference.clipped_sum(self.head, *self.data, norm, index, self.seen.masks[self.step])
+        if len(chosen) and isinstance(canaries, PlantedCanaries):
+            total = total + canaries.signatures(norm, chosen).total
+        return total
+
+    def fault(self, release: FloatArray, unit: str) -> str:
+        """What is wrong with what was released instead."""
+        (index, chosen), canaries = self.drawn(), self.setup.canaries
+        if (len(index) + chosen.sum()) * self.reference.parameters > _TOLD:
+            return f"It isn't that of the {unit}s as drawn, each clipped by itself."
+        rows = self.reference.gradients(self.head, *self.data, index, self.seen.masks[self.step])
+        if len(chosen) and isinstance(canaries, PlantedCanaries):
+            ones = (np.arange(len(chosen)) == i for i in chosen.nonzero()[0])
+            rows = np.concatenate([rows, *(canaries.signatures(math.inf, one).total[None] for one in ones)])
+        return fault_of(release, rows, self.setup.plan.clipping_norm, unit)
 
 
 def _heads(setup: Setup) -> Iterator[FloatArray]:

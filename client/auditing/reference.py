@@ -123,6 +123,20 @@ class Reference:
             total += self._weighted(gradients, factors)
         return total.numpy()
 
+    def gradients(
+        self, head: FloatArray, features: FeatureSet, targets: Tensor, index: Tensor, masks: Masks | None = None
+    ) -> FloatArray:
+        """Gradients of some units, not clipped: float64, shape (U, P); zeros for a unit whose gradient isn't finite.
+
+        Parameters
+        ----------
+        head, features, targets, index, masks
+            As in `clipped_sum`.
+        """
+        pieces = self._clipped(head, features, targets, 1.0, index, masks)
+        found = [torch.cat([g.flatten(1) for g in gradients.values()], 1) for gradients, _, _, _ in pieces]
+        return torch.cat([torch.zeros(0, self.parameters, dtype=torch.float64), *found]).numpy()
+
     def signatures(
         self,
         head: FloatArray,

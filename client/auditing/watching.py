@@ -6,6 +6,7 @@ Shapes: T steps of a round, P trained numbers.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +18,11 @@ from torch import Tensor
 from fedhead.client.auditing.canaries import flat
 from fedhead.client.auditing.dropped import DropoutMasks
 from fedhead.client.auditing.reference import Masks
+from fedhead.client.gradients import Features
 from fedhead.client.training import StepPlan, Trainer
 from fedhead.common.config.schema import SGD, AdamW
 from fedhead.common.features import FeatureSet
+from fedhead.common.privacy.events import Event
 from fedhead.common.privacy.lattice import sensitivity
 from fedhead.common.privacy.noise import Noise, Purpose, Streams
 
@@ -98,7 +101,15 @@ class Seen:
         return found
 
 
-def watch(trainer: Trainer, features: FeatureSet, targets: Tensor, plan: StepPlan, streams: Streams) -> Seen:
+def watch(
+    trainer: Trainer,
+    features: FeatureSet,
+    targets: Tensor,
+    plan: StepPlan,
+    streams: Streams,
+    *,
+    training: Callable[[FeatureSet, Tensor, StepPlan, Streams], Any] | None = None,
+) -> Seen:
     """A round of production training, looked at through its optimizer's step hook.
 
     Parameters
@@ -107,6 +118,8 @@ def watch(trainer: Trainer, features: FeatureSet, targets: Tensor, plan: StepPla
         With the received parameters loaded.
     features, targets, plan, streams
         As `Trainer.round` takes them.
+    training : callable, optional
+        What to call with them; default `trainer.round`.
 
     Notes
     -----
@@ -128,7 +141,7 @@ def watch(trainer: Trainer, features: FeatureSet, targets: Tensor, plan: StepPla
     optimizer.attach_step_hook(look)
     try:
         with dropout.watching(features) as shown:
-            trainer.round(shown, targets, plan, watched)
+            (trainer.round if training is None else training)(shown, targets, plan, watched)
     finally:
         optimizer.step_hook = None
     left, none = flat(trainer.trainable), received.new_zeros(0, len(received))
@@ -141,6 +154,26 @@ def watch(trainer: Trainer, features: FeatureSet, targets: Tensor, plan: StepPla
         watched.rates,
         masks,
     )
+
+
+class WatchedTrainer(Trainer):
+    """A trainer whose rounds are looked at, whoever asks for them.
+
+    Attributes
+    ----------
+    seen : list of Seen
+        Of each round, in order.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        vars(self).update(vars(trainer))
+        self.seen: list[Seen] = []
+
+    def round(self, features: Features, targets: Tensor, plan: StepPlan, streams: Streams) -> Event:
+        """As `Trainer.round`; remembered."""
+        assert isinstance(features, FeatureSet)  # what a workplace's records are
+        self.seen.append(watch(self, features, targets, plan, streams, training=super().round))
+        return plan.event()
 
 
 def replay_error(seen: Seen, plan: StepPlan, shapes: list[torch.Size]) -> float:

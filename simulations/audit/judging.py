@@ -122,8 +122,10 @@ def _variances(seen: Seen) -> Iterator[Question]:
             "exchange-variance",
             "Noise of a whole exchange",
             seen.exchanged.residuals,
-            "A request that goes all the way through the holder's program gets the noise that it is charged for.",
-            "A request that goes all the way through the holder's program gets other noise than it is charged for.",
+            "A request that goes all the way through the holder's program gets the noise that it is charged for, over "
+            "the sum of the holder's records.",
+            "A request that goes all the way through the holder's program gets other noise than it is charged for, or "
+            "another sum than that of the holder's records.",
         ),
         *(
             (
@@ -185,12 +187,13 @@ def certain(subject: Subject, seen: Seen) -> list[Check]:
     """Questions without chance."""
     main, plan = seen.main, subject.plan
     rates = main.rates - {plan.sample_rate}
+    replayed = max(main.replay_error, seen.exchanged.replay_error)
     found = [
         check(
             "replay",
             "What leaves, explained by the noised sums alone",
-            main.replay_error <= REPLAYED,
-            f"{main.replay_error:.1g} of a round's largest move",
+            replayed <= REPLAYED,
+            f"{replayed:.1g} of a round's largest move",
             "The parameters that leave are what the noised sums make of the received ones, and nothing else.",
             "The parameters that leave hold more than the noised sums: something leaves without noise.",
         ),

@@ -21,8 +21,7 @@ from fedhead.simulations.audit.ledger_figures import (
     compose,
     events_of,
     given_away,
-    statement_delta,
-    terms_of,
+    set_figures,
 )
 
 TRUSTING = "holder"  # the unit whose noise is the server's
@@ -57,13 +56,10 @@ def together(reading: Reading, delta: float | None) -> dict[str, Together]:
         units = set().union(*(reading.domains[other].units for other in names))
         if len(units) != 1 or names in sets.get(next(iter(units)), {}):
             continue
-        charged = _charged(reading, names)
-        plans = sum(one.plan[1] for one in _first_of_plans(charged) if one.plan is not None)
-        at = statement_delta(terms_of(reading.domains[name]), plans, delta)
-        sets.setdefault(next(iter(units)), {})[names] = compose(events_of(charged), at, given_away(charged))
+        sets.setdefault(next(iter(units)), {})[names] = set_figures(reading, name, names, delta)
     found = {}
     for unit, of_unit in sets.items():
-        names, figures = max(of_unit.items(), key=lambda one: one[1].worst)
+        names, figures = max(of_unit.items(), key=lambda one: one[1].most)
         everything = sorted({name for each in of_unit for name in each})
         all_of = _charged(reading, everything)
         events = events_of(all_of)
@@ -76,15 +72,14 @@ def together(reading: Reading, delta: float | None) -> dict[str, Together]:
 
 
 def across(
-    holders: Sequence[Mapping[str, Together]], units: set[str], delta: float | None, same_people: bool
+    holders: Sequence[tuple[set[str], Mapping[str, Together]]], delta: float | None, same_people: bool
 ) -> tuple[dict[str, Any], Figures | None, list[str]]:
     """Compose over holders.
 
     Parameters
     ----------
-    holders : sequence of what `together` gives
-    units : set of str
-        All privacy units in their ledgers.
+    holders : sequence of (set of str, what `together` gives)
+        Of each holder all privacy units in its ledger, and what one of them pays at most.
     delta : float, optional
         For the sum; default: the largest of the holders'.
     same_people : bool
@@ -95,7 +90,7 @@ def across(
     dict, Figures or None, list of str
         As JSON; the figures of the sum, for a check; notes.
     """
-    notes = []
+    notes, units = [], set[str]().union(*(theirs for theirs, _ in holders))
     if len(units) > 1 and TRUSTING in units:
         units = units - {TRUSTING}
         notes.append('what was released under the unit "holder" stands apart: its noise is the server\'s')
@@ -104,8 +99,15 @@ def across(
             notes.append(f"the units {' and '.join(sorted(units))} have no epsilon in common: nothing is composed")
         return {"disjoint": None, "same-people": None}, None, notes
     (unit,) = units
-    parts = [one[unit] for one in holders if unit in one]
-    epsilon = max(one.figures.worst for one in parts)
+    mixed = sum(unit in theirs and unit not in one for theirs, one in holders)
+    if mixed:
+        notes.append(
+            f"{mixed} of {len(holders)} holders have no epsilon for a {unit}, because a domain mixes units: nothing is "
+            "composed"
+        )
+        return {"disjoint": None, "same-people": None}, None, notes
+    parts = [one[unit] for _, one in holders if unit in one]
+    epsilon = max(one.figures.most for one in parts)
     at = max(one.figures.first.delta for one in parts)
     disjoint = {"epsilon": "inf" if epsilon == float("inf") else epsilon, "delta": at, "unit": unit}
     if not same_people:
@@ -119,12 +121,3 @@ def across(
 
 def _charged(reading: Reading, names: Sequence[str]) -> list[Charged]:
     return [one for name in names for one in reading.domains[name].charged]
-
-
-def _first_of_plans(charged: Sequence[Charged]) -> list[Charged]:
-    """The round of each plan that was charged with it."""
-    first: dict[tuple[str, str | None], Charged] = {}
-    for one in charged:
-        if one.plan is not None:
-            first.setdefault((one.row.domain, one.row.run), one)
-    return list(first.values())

@@ -29,7 +29,7 @@ from fedhead.common.privacy.audit.recount import (
     whole_mu_squared,
 )
 from fedhead.common.privacy.events import Event, NoPrivacyEvent, PoissonEvent
-from fedhead.common.privacy.filters import Terms, Totals, left, spent
+from fedhead.common.privacy.filters import Terms, Totals, least, left, spent
 
 DELTA = 1e-5  # where neither a budget nor the user names one; each Poisson plan's own comes on top
 
@@ -44,7 +44,7 @@ class Figures:
     second : Spent or None
         None where no grid of losses holds the events.
     ledger : Spent or None
-        None for a composition over domains or holders, of which the ledger has no total.
+        None for a composition over holders, of which no ledger has a total.
     """
 
     first: Spent
@@ -55,6 +55,11 @@ class Figures:
     def worst(self) -> float:
         """The larger epsilon of both accountants."""
         return max(self.first.epsilon, self.second.epsilon if self.second is not None else 0.0)
+
+    @property
+    def most(self) -> float:
+        """The largest epsilon of all, the ledger's own among them: a plan chosen along the way is charged there."""
+        return max(self.worst, self.ledger.epsilon if self.ledger is not None else 0.0)
 
     @property
     def disagree(self) -> str | None:
@@ -135,6 +140,22 @@ def domain_figures(domain: Domain, run: str | None, delta: float | None) -> Figu
     return Figures(found.first, found.second, own)
 
 
+def set_figures(reading: Reading, name: str, names: Sequence[str], delta: float | None) -> Figures:
+    """Figures of a domain with all that overlap it, `names`, at the domain's own terms."""
+    domains = [reading.domains[other] for other in names]
+    charged = [one for domain in domains for one in domain.charged]
+    terms, totals = terms_of(reading.domains[name]), Totals()
+    for domain in domains:
+        totals = totals.plus(Totals(*domain.sums.totals))
+    at, away = statement_delta(terms, totals.delta, delta), given_away(charged)
+    found = compose(events_of(charged), at, away)
+    return Figures(
+        found.first,
+        found.second,
+        Spent(math.inf, at, "none") if away else spent(terms, totals, at if terms is None else delta),
+    )
+
+
 def statement_delta(terms: Terms | None, plans: float, delta: float | None) -> float:
     """The delta to state epsilon at: the one that is asked for, the budget's, or 1e-5 with what the plans take."""
     if delta is not None:
@@ -153,11 +174,14 @@ def terms_of(domain: Domain) -> Terms | None:
 
 
 def left_of(reading: Reading, name: str) -> dict[str, float] | None:
-    """What a domain's budget leaves, after all domains that count against it."""
-    terms = terms_of(reading.domains[name])
-    if terms is None:
+    """What a domain's budget leaves, and those of the domains that overlap it, after all that counts against each."""
+    if terms_of(reading.domains[name]) is None:
         return None
-    totals = Totals()
-    for other in reading.overlapping(name):
-        totals = totals.plus(Totals(*reading.domains[other].sums.totals))
-    return asdict(left(terms, totals))
+    budgets = []
+    for owner in reading.overlapping(name):
+        terms, totals = terms_of(reading.domains[owner]), Totals()
+        for other in reading.overlapping(owner):
+            totals = totals.plus(Totals(*reading.domains[other].sums.totals))
+        if terms is not None:
+            budgets.append(left(terms, totals))
+    return asdict(least(*budgets))

@@ -83,20 +83,20 @@ def audit_ledgers(
     lost = _remember(found, kept, witnesses)
     holders, parts = [], []
     for chain in sorted(kept, key=lambda one: (one.holder, str(one.path))):
-        holders.append(_holder(found, chain, delta))
-        if holders[-1]["passed"]:
-            parts.append((chain.holder, together(chain.reading, delta)))
-    sound = [chain.reading for chain in kept if (chain.holder, chain.path) not in found.bad]
-    units = {unit for reading in sound for domain in reading.domains.values() for unit in domain.units}
-    composed, summed, said = across([of_units for _, of_units in parts], units, delta, same_people)
+        entry = _holder(found, chain, delta)
+        holders.append(entry)
+        if entry["passed"]:
+            of_units = together(chain.reading, delta)
+            units = {unit for domain in chain.reading.domains.values() for unit in domain.units}
+            parts.append((units, of_units))
+            entry["together"] = [_together(each) for each in of_units.values()]
+    composed, summed, said = across(parts, delta, same_people)
     if summed is not None:
         found.compare("the same people at all holders", summed)
-    for holder, of_units in parts:
+    for entry, (_, of_units) in zip((entry for entry in holders if entry["passed"]), parts, strict=True):
         for one in of_units.values():
             if len(one.domains) > 1:
-                found.compare(f"{holder}, {' and '.join(one.domains)}", one.figures)
-    for entry, (_, of_units) in zip((entry for entry in holders if entry["passed"]), parts, strict=True):
-        entry["together"] = [_together(each) for each in of_units.values()]
+                found.compare(f"{entry['holder']}, {' and '.join(one.domains)}", one.figures)
     holders += [_unreadable(file, what) for file, what in found.broken]
     free = [
         f"{entry['holder']}, {domain['domain']}"

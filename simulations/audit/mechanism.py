@@ -28,6 +28,7 @@ from fedhead.client.auditing.exactness import largest, largest_difference
 from fedhead.client.auditing.exchange import exchange
 from fedhead.client.auditing.experiment import Observations, observe
 from fedhead.client.auditing.planted import PlantedCanaries
+from fedhead.client.auditing.reference import Reference
 from fedhead.client.auditing.setup import Setup
 from fedhead.common import progress
 from fedhead.common.config import RunConfig, find_recipe
@@ -160,7 +161,8 @@ def _look(
     few = {number: _few(subject, number, generator) for number in FEW if number < len(real)}
     with tempfile.TemporaryDirectory(prefix="fedhead-") as folder:
         data = [real, real.slice(0, 1 + len(real) // 2)]
-        exchanged = exchange(subject.place, subject.request, data, Path(folder))
+        reference = Reference(subject.make(), subject.task)
+        exchanged = exchange(subject.place, reference, subject.request, data, Path(folder))
     return Seen(main, few, moved, exact, exchanged)
 
 

@@ -21,7 +21,7 @@ from fedhead.common.results import write_aside
 from fedhead.simulations import plots
 from fedhead.simulations.audit import pictures
 from fedhead.simulations.audit.spending import MOST_BARS, moment, pair, spending_of
-from fedhead.simulations.report import ACCOUNTANTS, MECHANISMS, ceiling, environment
+from fedhead.simulations.report import ACCOUNTANTS, MECHANISMS, environment
 from fedhead.simulations.show import show_count, show_delta, show_epsilon
 
 TEMPLATE: Final = "audit/page.html"
@@ -271,12 +271,7 @@ def _rate(row: Found) -> dict[str, Any]:
 def _roc_chart(membership: Found | None) -> Markup | None:
     if membership is None or not membership["roc"]:
         return None
-    claim = pair(membership["claim"])
-    limit: list[tuple[float, float]] = []
-    if claim is not None:
-        for rate in np.geomspace(pictures.LEAST_RATE, 1, pictures.MOST_POINTS).tolist():
-            most = ceiling(claim["epsilon"], claim["delta"], rate)
-            limit += [] if most is None else [(rate, most)]
+    limit = [(rate, most) for rate, most in membership["ceiling"] or () if rate >= pictures.LEAST_RATE]
     stated = [row for row in membership["rates"] if row["tpr"] is not None]
     said = "; ".join(f"{plots.percent(row['tpr'])} at {plots.percent(row['fpr'])}" for row in stated)
     alt = f"True positives of the membership attack at rates of false positives: {said}. Area {membership['auc']:.3f}."

@@ -18,7 +18,7 @@ RELEASES: Final = 20
 
 def show_audit(found: Mapping[str, Any]) -> None:
     """What `audit_ledgers` found, in 80 columns."""
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False, emoji=False)
     for one in found["holders"]:
         if one["first_bad"] is not None:
             _show_bad(out, one)
@@ -36,19 +36,19 @@ def show_audit(found: Mapping[str, Any]) -> None:
 
 def show_statement(found: Mapping[str, Any]) -> None:
     """What `read_statement` found, in 80 columns."""
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False, emoji=False)
     out.print(Text(f"{found['holder']} states, by its clock on {found['time'][:16].replace('T', ' ')} UTC", "bold"))
     out.print(Text(f"  relation: {found['relation']}; ledger up to row {found['sequence']:,}"))
     table = _table("epsilon")
     table.add_column("domain", overflow="fold", min_width=8)
-    for name in ("unit", "GDP/PRV", "PLD", "of", "delta", "sent", "unsent", "first", "last"):
+    for name in ("unit", "GDP/PRV", "PLD", "ledger", "of", "delta", "sent", "unsent", "first", "last"):
         table.add_column(name, justify="right", no_wrap=name != "unit")
     for one in found["domains"]:
         terms, times = one["terms"], [(one[name] or "")[:10] for name in ("first_time", "last_time")]
         table.add_row(
             Text(one["domain"]),
             " and ".join(one["unit"]),
-            *(_figure(one[name]) for name in ("first", "second")),
+            *(_figure(one[name]) for name in ("first", "second", "ledger")),
             "" if terms is None else f"{terms['epsilon']:g}",
             "" if one["first"] is None else delta_as(one["first"]["delta"]),
             str(one["released"]),
@@ -103,8 +103,8 @@ def _show_figures(out: Console, domains: list[tuple[Mapping[str, Any], Mapping[s
             cells = [*_figures(run["epsilon"]), "", "", _delta(run["epsilon"]), *_counts([run])]
             table.add_row(Text(f"  run {name}"), *cells)
     out.print(table)
-    out.print("GDP or PRV, and PLD: independent accountants, of all events together", style="dim")
-    out.print("ledger: as charged to the budget, each Poisson plan by itself", style="dim")
+    out.print("GDP or PRV, and PLD: independent accountants, of all events together, as one schedule", style="dim")
+    out.print("ledger: as charged to the budget, each Poisson plan by itself, chosen when it may", style="dim")
     out.print("unsent: reserved and never released, spent all the same", style="dim")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -10,6 +11,8 @@ from fedhead.common import progress
 from fedhead.common.config import RunConfig, builtin_recipes, find_recipe, make_config
 from fedhead.common.errors import InputError
 from fedhead.common.privacy.audit.findings import Check
+from fedhead.common.privacy.audit.recount import agree, pld_epsilon, rows_of
+from fedhead.common.privacy.events import NoPrivacyEvent, event_of
 from fedhead.common.results import Result
 from fedhead.simulations.audit.ledgers import audit_ledgers
 from fedhead.simulations.audit.mechanism import NotAudited, audit_mechanism, check_seed
@@ -88,30 +91,60 @@ def audit_run(
 
 
 def same_run(result: Result, ledger: Mapping[str, Any]) -> Check:
-    """Whether some run in each holder's ledger charged what the result says that the holder released."""
-    missing = []
+    """Whether some run in each holder's ledger is what the result says that the holder released and spent.
+
+    A run is that if it charged all that the result says, and released nothing beyond it: a holder that fell silent was
+    charged, and may or may not have released.
+    """
+    faults, compared = [], 0
     for spend in result.privacy:
         if spend["mechanism"] == "none" or spend["unit"] == "holder":  # charged nowhere, or by the server
             continue
-        runs: dict[str, set[str]] = {}
-        for holder in ledger["holders"]:
-            if holder["holder"] == spend["holder"]:
-                for domain in holder["domains"]:
-                    for row in domain["releases"]:
-                        runs.setdefault(row["run"], set()).add(_line(row["round"], row["event"]))
+        compared += 1
+        charged: dict[str, set[str]] = {}
+        released: dict[str, set[str]] = {}
+        for row in _rows(ledger, spend["holder"]):
+            line = _line(row["round"], row["event"])
+            charged.setdefault(row["run"], set()).add(line)
+            if row["state"] == "released":
+                released.setdefault(row["run"], set()).add(line)
         said = {_line(event["round"], event) for event in spend["events"]}
-        if not any(said <= charged for charged in runs.values()):
-            missing.append(spend["holder"])
+        if not any(said <= charged[run] for run in charged):
+            faults.append(f"says that {spend['holder']} released what no run in its ledger was charged with")
+        elif not any(said <= charged[run] and released.get(run, set()) <= said for run in charged):
+            faults.append(f"leaves out what {spend['holder']} released, by its ledger")
+        elif not _counted(spend):
+            faults.append(f"states another epsilon for {spend['holder']} than its own events come to")
     return Check(
         "result",
         "The run's result, against the ledgers",
-        not missing,
-        f"{len(result.privacy) - len(missing)} of {len(result.privacy)} holders",
-        "What the result says that each holder released is what some run in its ledger was charged with."
-        if not missing
-        else f"The result says that {missing[0]} released what no run in its ledger was charged with: it is another "
-        "run's ledger, or the result was changed.",
+        not faults,
+        f"{compared - len(faults)} of {compared} holders",
+        "What the result says that each holder released and spent is what some run in its ledger was charged with."
+        if not faults
+        else f"The result {faults[0]}: it is another run's ledger, or the result was changed.",
     )
+
+
+def _rows(ledger: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    domains = [domain for one in ledger["holders"] if one["holder"] == name for domain in one["domains"]]
+    return [row for domain in domains for row in domain["releases"]]
+
+
+def _counted(spend: Mapping[str, Any]) -> bool:
+    """Whether a result's epsilon is at least what a second accountant makes of its events, up to rounding."""
+    events = [
+        event_of(
+            # a count costs what a full-batch step of its noise does
+            "full-batch" if row["mechanism"] == "count" else row["mechanism"], row.get("noise_multiplier") or 0.0, 1.0,
+            row["steps"], row.get("sample_rate"),
+        )
+        for row in spend["events"]
+    ]  # fmt: skip
+    if any(isinstance(event, NoPrivacyEvent) for event in events):
+        return math.isinf(spend["epsilon"])
+    found = pld_epsilon(rows_of(events), spend["delta"])
+    return found is None or agree(spend["epsilon"], found)
 
 
 def _line(number: object, event: Mapping[str, Any]) -> str:

@@ -5,12 +5,15 @@ from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedhead.client import admission, app, gradients, hooked
 from fedhead.client.gradients import ClosedForm, GradientPath
 from fedhead.client.training import Trainer
 from fedhead.client.workplace import Workplace
+from fedhead.common.errors import Refused
+from fedhead.common.features import FeatureSet
 from fedhead.common.privacy import noise
 from fedhead.common.privacy.optimizers import PrivateOptimizer
 from fedhead.common.privacy.secure import LatticeNoise
@@ -30,7 +33,7 @@ class Mutant:
     name: str
     plant: Callable[[Any], None]
     caught_by: str  # name of a check that must fail
-    says: str  # words of its meaning
+    says: str  # pattern that its meaning, in small letters, must hold: the fault's name
     changes: dict[str, Any]
     seed: int | None = 7  # None: the noise of a deployment
 
@@ -249,6 +252,86 @@ def a_tenth_of_the_noise_between_request_and_training(monkeypatch):
     )  # fmt: skip
 
 
+def a_tenth_of_the_noise_where_there_are_records(monkeypatch):
+    """Only on the way from a request to its reply; rounds without records have all of theirs."""
+
+    def train(real, workplace, name, records, asked, streams):
+        if len(records):
+            noise = asked.request.noise_multiplier / 10
+            asked = asked._replace(request=asked.request.model_copy(update={"noise_multiplier": noise}))
+        return real(workplace, name, records, asked, streams)
+
+    _wrapped(monkeypatch, app, "_train", train)
+
+
+def a_record_counted_again_and_again(monkeypatch):
+    """On the way from a request to its reply, the first record is there 400 times."""
+
+    def train(real, workplace, name, records, asked, streams):
+        if len(records):
+            records = records.take(np.concatenate([np.arange(len(records)), np.zeros(399, dtype=np.int64)]))
+        return real(workplace, name, records, asked, streams)
+
+    _wrapped(monkeypatch, app, "_train", train)
+
+
+def a_repeated_round_trained_again(monkeypatch):
+    """And what the ledger then says is not heard: by itself it lets no second release out."""
+
+    def release(real, self, holder, admitted, content):
+        try:
+            return real(self, holder, admitted, content)
+        except Refused:
+            return admitted.mark
+
+    _wrapped(monkeypatch, admission.Admission, "admit", lambda real, *args: replace(real(*args), payload=None))
+    _wrapped(monkeypatch, admission.Admission, "release", release)
+
+
+def a_nudge_after_training(monkeypatch):
+    """The number of records is added to the head after the trainer's last step, before it is kept and sent."""
+
+    def train(real, workplace, name, records, asked, streams):
+        real(workplace, name, records, asked, streams)
+        with torch.no_grad():
+            next(iter(workplace.trainable.trained().values())).add_(1e-3 * len(records))
+        trained = workplace.trainable.trained()
+        event = admission.event_of_request(asked.request).to_json()
+        return app.protocol.released(trained, asked.request.declared_records, name, event, None)
+
+    _wrapped(monkeypatch, app, "_train", train)
+
+
+def the_same_noise_every_step_of_a_deployment(monkeypatch):
+    class Same(noise._SimulationStreams):
+        def __init__(self, number):
+            super().__init__(11, "holder", 1)
+            self.seeded, self.source, self.number = False, noise.CSPRNG, number
+
+        def noise(self, step):
+            generator = self.generator(0, "noise")
+
+            class Wide:
+                def add(self, total, *, noise_multiplier, clipping_norm):
+                    scale = noise_multiplier * clipping_norm * (1 + 2.0**-10)
+                    return total + scale * torch.randn(total.shape, dtype=total.dtype, generator=generator)
+
+            return Wide()
+
+    monkeypatch.setattr(Workplace, "streams", lambda self, request, name: Same(request.round))
+
+
+def records_of_persons_clipped_by_themselves(monkeypatch):
+    """Each record is clipped although the unit is a person."""
+
+    def private(real, self, features, targets, plan, streams):
+        if targets.dim() == 2 and len(targets):
+            features, targets = FeatureSet(features.values), targets[targets >= 0]
+        real(self, features, targets, plan, streams)
+
+    _wrapped(monkeypatch, Trainer, "_private", private)
+
+
 def another_head_in_the_reply(monkeypatch):
     def train(real, workplace, name, records, request, streams):
         content = real(workplace, name, records, request, streams)
@@ -285,18 +368,50 @@ def floats_instead_of_the_lattice(monkeypatch):
 
 
 MECHANISM_MUTANTS = [
-    Mutant("no noise", no_noise, "total-variance", "noise", {}),
-    Mutant("noise halved", noise_halved, "total-variance", "noise", {}),
-    Mutant("noise missing on the bias", noise_missing_on_the_bias, "group-variance", "bias", {}),
-    Mutant("noise missing on 5 % of the coordinates", noise_missing_on_a_twentieth, "coordinate-variance", "noise", {}),
-    Mutant("the same noise every step", same_noise_every_step, "repeated-steps", "noise", {}),
-    Mutant("clipping norm 1.5 times the claim", clipping_norm_half_as_much_again, "largest-contribution", "clip", {}),
-    Mutant("clipping per batch", clipping_a_batch_at_a_time, "exact-sums", "mixed with others", {}),
-    Mutant("sampling rate twice the accounted", sampling_twice_as_often, "batch-mean", "more often", POISSON),
-    Mutant("shuffled batches accounted as Poisson", shuffled_batches, "batch-variance", "fixed size", POISSON),
-    Mutant("divisor from the true record count", divisor_from_the_true_count, "largest-contribution", "divisor", {}),
+    Mutant("no noise", no_noise, "total-variance", "^no noise was added, or", {}),
+    Mutant("noise halved", noise_halved, "total-variance", r"^less noise was added than .* 0\.25", {}),
+    Mutant("noise missing on the bias", noise_missing_on_the_bias, "group-variance", '^no noise .* to "head.bias"', {}),
     Mutant(
-        "clipped 1 % too little, for one label", a_looser_clip_for_one_label, "exact-sums", "clipped too little", {}
+        "noise missing on 5 % of the coordinates",
+        noise_missing_on_a_twentieth,
+        "coordinate-variance",
+        r"on 3\d of \d+ trained numbers\. no noise was added to them",
+        {},
+    ),
+    Mutant("the same noise every step", same_noise_every_step, "repeated-steps", "same noise was used more", {}),
+    Mutant(
+        "the same noise every step, of a deployment",
+        the_same_noise_every_step_of_a_deployment,
+        "repeated-steps",
+        "same noise was used more",
+        {},
+        None,
+    ),
+    Mutant(
+        "clipping norm 1.5 times the claim",
+        clipping_norm_half_as_much_again,
+        "largest-contribution",
+        r"like any other is clipped to 1\.5 times",
+        {},
+    ),
+    Mutant("clipping per batch", clipping_a_batch_at_a_time, "exact-sums", "the batch is clipped as one", {}),
+    Mutant(
+        "sampling rate twice the accounted", sampling_twice_as_often, "batch-mean", r"more often .* 0\.[12]\d*", POISSON
+    ),
+    Mutant("shuffled batches accounted as Poisson", shuffled_batches, "batch-variance", "fixed size", POISSON),
+    Mutant(
+        "divisor from the true record count",
+        divisor_from_the_true_count,
+        "largest-contribution",
+        "the divisor follows the true count",
+        {},
+    ),
+    Mutant(
+        "clipped 1 % too little, for one label",
+        a_looser_clip_for_one_label,
+        "exact-sums",
+        r"\d of \d+ records count 1\.01 times .* clipped too little",
+        {},
     ),
     Mutant("noise halved where records are few", noise_halved_where_records_are_few, "few-variance-7", "few", {}),
     Mutant("a leak in the last bits of the head", a_leak_in_the_last_bits, "replay", "without noise", {}),
@@ -308,6 +423,25 @@ MECHANISM_MUTANTS = [
         "other noise",
         {},
     ),
+    Mutant(
+        "a tenth of the noise where there are records",
+        a_tenth_of_the_noise_where_there_are_records,
+        "exchange-variance",
+        "other noise",
+        {},
+    ),
+    Mutant(
+        "a record counted again and again", a_record_counted_again_and_again, "exchange-variance", "another sum", {}
+    ),
+    Mutant("a head nudged after training", a_nudge_after_training, "exchange-head", "something else", {}),
+    Mutant(
+        "a repeated round trained again",
+        a_repeated_round_trained_again,
+        "exchange-repeated",
+        "a second release of a round",
+        {},
+        None,
+    ),
     Mutant("another head in the reply", another_head_in_the_reply, "exchange-head", "something else", {}),
     Mutant("a loss beside the head", a_loss_in_the_reply, "exchange-beside", "differs with the records", {}),
     Mutant("charged at twice the noise", charged_at_twice_the_noise, "exchange-charged", "charged with", {}),
@@ -316,20 +450,37 @@ MECHANISM_MUTANTS = [
     *(
         Mutant(f"mlp with dropout: {name}", plant, caught_by, says, DROPPING, seed)
         for name, plant, caught_by, says, seed in (
-            ("no noise", no_noise, "total-variance", "noise", 7),
-            ("noise halved", noise_halved, "total-variance", "noise", 7),
-            ("noise missing on biases", noise_missing_on_the_bias, "group-variance", "bias", 7),
-            ("the same noise every step", same_noise_every_step, "repeated-steps", "noise", 7),
+            ("no noise", no_noise, "total-variance", "^no noise was added, or", 7),
+            ("noise halved", noise_halved, "total-variance", "^less noise was added than", 7),
+            ("noise missing on biases", noise_missing_on_the_bias, "group-variance", '^no noise .* to ".*bias"', 7),
+            ("the same noise every step", same_noise_every_step, "repeated-steps", "same noise was used more", 7),
             (
                 "clipping norm 1.5 times",
                 clipping_norm_half_as_much_again_on_any_path,
                 "largest-contribution",
-                "clip",
+                r"like any other is clipped to 1\.5 times",
                 7,
             ),
-            ("clipping per batch", clipping_a_batch_by_its_mean_norm, "exact-sums", "mixed with others", 7),
-            ("a layer left out of the norm", a_layer_left_out_of_the_norm, "largest-contribution", "clip", 7),
+            ("clipping per batch", clipping_a_batch_by_its_mean_norm, "exact-sums", "the batch is clipped as one", 7),
+            ("a layer left out of the norm", a_layer_left_out_of_the_norm, "largest-contribution", "not clipped to", 7),
             ("noise reused in a retry", noise_used_again_in_a_retried_round, "retry", "again", None),
         )
+    ),
+]
+PERSON_MUTANTS = [
+    Mutant("persons: no noise", no_noise, "total-variance", "^no noise was added, or", {}),
+    Mutant(
+        "persons: each record clipped by itself",
+        records_of_persons_clipped_by_themselves,
+        "largest-contribution",
+        "clipped",
+        {},
+    ),
+    Mutant(
+        "persons: divisor from the true count",
+        divisor_from_the_true_count,
+        "largest-contribution",
+        "the divisor follows the true count",
+        {},
     ),
 ]

@@ -9,7 +9,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 XSS = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>$x$"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -94,18 +93,26 @@ def draw(path: Path, width: int, height: int) -> np.ndarray:
     from PIL import Image
 
     shot = path.with_suffix(".png")
-    command = [
-        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-        f"--user-data-dir={path.parent / 'profile'}", f"--screenshot={shot}", f"--window-size={width},{height}",
-        path.as_uri(),
-    ]  # fmt: skip
-    try:
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
-    except (subprocess.SubprocessError, OSError) as error:
-        pytest.skip(f"Chromium does not start here ({type(error).__name__})")
+    _browse(path, f"--screenshot={shot}", f"--window-size={width},{height}")
     drawn = np.asarray(Image.open(shot).convert("RGB")).astype(int)
     assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 50, "the page is blank"
     edge = drawn[:, -3:]
     assert np.abs(edge - edge[0, 0]).max() <= 2, "something reaches the right edge"
     return drawn
+
+
+def printed(path: Path) -> int:
+    """Sheets that Chromium prints the page on."""
+    sheets = path.with_suffix(".pdf")
+    _browse(path, f"--print-to-pdf={sheets}", "--no-pdf-header-footer")
+    return len(re.findall(rb"/Type\s*/Page\b", sheets.read_bytes()))
+
+
+def _browse(path: Path, *wanted: str) -> None:
+    """Let Chromium open the page; one that can't start is a failure where there is one."""
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+        f"--user-data-dir={path.parent / 'profile'}", *wanted, path.as_uri(),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=180)

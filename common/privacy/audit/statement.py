@@ -1,8 +1,9 @@
 """Privacy statements: what one holder spent, as an audit found it, signed by the holder's Ed25519 key.
 
 A statement of the ledger (ledger/statements.py) fixes where a chain ends. This one says what that means: epsilon and
-delta of each budget domain by two accountants, its budget, and how much was released when. Anybody with the public key
-can verify it, without the ledger. It shows that the holder said so; the audit of the ledger shows that it is so.
+delta of each budget domain by two accountants and by the ledger itself, its budget, and how much was released when.
+Anybody with the public key can verify it, without the ledger. It shows that the holder said so; the audit of the ledger
+shows that it is so.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fedhead.common.privacy.ledger.statements import public_key
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 SUBJECT: Final = "fedhead privacy statement"
 RELATION: Final = "add or remove one unit"
 _CONTEXT: Final = b"fedhead privacy statement\0"
@@ -31,7 +32,7 @@ _FIELDS: Final = {
     "signature",
 }  # fmt: skip
 _DOMAIN: Final = {
-    "domain", "unit", "noise", "first", "second", "terms", "released", "reserved", "abandoned", "first_time",
+    "domain", "unit", "noise", "first", "second", "ledger", "terms", "released", "reserved", "abandoned", "first_time",
     "last_time",
 }  # fmt: skip
 _FIGURE: Final = {"epsilon", "delta", "accountant"}
@@ -95,8 +96,9 @@ def verify_privacy_statement(text: str, expected_key: str | None = None) -> dict
     -------
     dict
         `holder`, `sequence` and `hash` (the end of the ledger), `relation`, `domains`, `time`, `fedhead`,
-        `public_key`. Each domain: `unit`, `noise`, `first` and `second` (epsilon, delta, accountant; None where units
-        are mixed), `terms`, `released`, `reserved`, `abandoned`, `first_time`, `last_time`. Infinity is "inf".
+        `public_key`. Each domain: `unit`, `noise`, `first`, `second` and `ledger` (epsilon, delta, accountant; None
+        where units are mixed), `terms`, `released`, `reserved`, `abandoned`, `first_time`, `last_time`. Infinity is
+        "inf".
 
     Raises
     ------
@@ -132,6 +134,7 @@ def _domain(one: Mapping[str, Any]) -> dict[str, Any]:
         "noise": sorted({row["noise"] for row in one["releases"]}),
         "first": None if figures is None else figures["first"],
         "second": None if figures is None else figures["second"],
+        "ledger": None if figures is None else figures["ledger"],
         "terms": one["terms"],
         **{state: sum(run[state] for run in one["runs"]) for state in ("released", "reserved", "abandoned")},
         "first_time": min(times, default=None),
@@ -157,7 +160,7 @@ def _check(fields: dict[str, Any], text: str) -> None:
     for one in fields["domains"]:
         if set(one) != _DOMAIN or (one["terms"] is not None and set(one["terms"]) != _TERMS):
             raise ValueError
-        for figure in (one["first"], one["second"]):
+        for figure in (one["first"], one["second"], one["ledger"]):
             if figure is not None and (set(figure) != _FIGURE or not _number(figure["epsilon"])):
                 raise ValueError
 

@@ -188,6 +188,11 @@ def bound(name: str, title: str, epsilon: float, p_value: float) -> dict[str, An
     }
 
 
+def most(rate: float) -> float:
+    """True positives that (2.991, 1e-5) allows."""
+    return min(math.exp(2.991) * rate + 1e-5, 1 - math.exp(-2.991) * (1 - 1e-5 - rate))
+
+
 def membership(advantage: float = 0.4) -> dict[str, Any]:
     rates = np.unique(np.concatenate([[0.0], np.geomspace(1e-4, 1, 2000)]))
     found = norm.cdf(norm.ppf(rates) + advantage)
@@ -195,8 +200,8 @@ def membership(advantage: float = 0.4) -> dict[str, Any]:
     for rate in (0.001, 0.01, 0.1):
         share = float(norm.cdf(norm.ppf(rate) + advantage))
         off = 1.96 * math.sqrt(share * (1 - share) / 10_000)
-        ceiling = min(math.exp(2.991) * rate + 1e-5, 1 - math.exp(-2.991) * (1 - 1e-5 - rate))
-        rows.append({"fpr": rate, "tpr": share, "low": max(0, share - off), "high": share + off, "ceiling": ceiling})
+        low = max(0, share - off)
+        rows.append({"fpr": rate, "tpr": share, "low": low, "high": share + off, "ceiling": most(rate)})
     return {
         "schema": 1,
         "recipe": "quickstart",
@@ -206,6 +211,7 @@ def membership(advantage: float = 0.4) -> dict[str, Any]:
         "auc": float(norm.cdf(advantage / math.sqrt(2))),
         "rates": rows,
         "roc": np.column_stack([rates, found]).tolist(),
+        "ceiling": [[rate, most(rate)] for rate in rates.tolist()],
         "claim": {"epsilon": 2.991, "delta": 1e-5},
         "seconds": 44.0,
         "notes": [],

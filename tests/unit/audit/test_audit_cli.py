@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 COMMANDS = run_path(str(Path(__file__).with_name("audit_commands.py")))
-HEAD, refused, strict, write_recipe = (COMMANDS[name] for name in ("HEAD", "refused", "strict", "write_recipe"))
+HEAD, refused, sound, strict, write_recipe = (
+    COMMANDS[name] for name in ("HEAD", "refused", "sound", "strict", "write_recipe")
+)
 
 
 def flip(path, bit=0):
@@ -44,7 +46,7 @@ def contents(path):
 
 
 def test_a_sound_run_passes_and_gets_its_page(audit, here):
-    status, out, err = audit("report", "run")
+    status, out, err = sound(audit, "report", "run")
     assert (status, out, err) == (0, "run/audit.html\n", "")
     page = (here / "run/audit.html").read_text()
     assert "Passed" in page
@@ -68,12 +70,12 @@ def test_a_sound_run_passes_and_gets_its_page(audit, here):
     ],
 )
 def test_each_command_prints_for_people_and_one_json_object_for_programs(audit, here, arguments, keys):
-    status, out, err = audit(*arguments, "--page", "page.html")
+    status, out, err = sound(audit, *arguments, "--page", "page.html")
     assert (status, err) == (0, "")
     assert "\x1b" not in out
     assert out.count("\n") > 3
     assert (here / "page.html").read_text().startswith("<!doctype html>")
-    status, out, err = audit(*arguments, "--json")
+    status, out, err = sound(audit, *arguments, "--json")
     assert (status, err) == (0, "")
     assert keys <= set(strict(out))
 
@@ -223,7 +225,7 @@ def test_from_a_recipe_to_the_page_and_to_a_flipped_bit(tmp_path):
         )  # fmt: skip
 
     assert run("simulate", "r.toml", "--out", "run", "--json").returncode == 0
-    done = run("audit", "report", "run")
+    done = sound(run, "audit", "report", "run")
     assert (done.returncode, done.stdout, done.stderr) == (0, "run/audit.html\n", "")
     page = (tmp_path / "run/audit.html").read_text()
     assert "No data holder spent more than" in page
@@ -234,5 +236,4 @@ def test_from_a_recipe_to_the_page_and_to_a_flipped_bit(tmp_path):
     done = run("audit", "report", "run", "--json")
     found = strict(done.stdout)
     assert (done.returncode, found["passed"], found["ledger"]["passed"]) == (1, False, False)
-    assert found["mechanism"]["passed"]
     assert "Faults were found in the ledger" in (tmp_path / "run/audit.html").read_text()

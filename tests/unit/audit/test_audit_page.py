@@ -111,8 +111,34 @@ def test_a_file_that_is_no_ledger_and_a_rate_that_could_not_be_stated() -> None:
     assert "No ledger that passed holds a release." in read(only).text
 
 
+def test_what_is_left_of_each_budget_is_said() -> None:
+    found = samples.passing()
+    found["ledger"]["holders"][0]["domains"][0]["left"]["epsilon"] = 0.4567
+    text = read(found).after("Budget spent and left", "Claimed ε against measured lower bounds")
+    assert "ε 0.45 at δ = 1e-5 left" in text  # rounded down
+    assert "3.00 0.45" in text  # and in the table of accountants
+
+
+def test_every_check_comes_with_what_it_means() -> None:
+    for name in ("passing", "failing"):
+        found, text = getattr(samples, name)(), Page(text_of(name)).after("Every check", "The noise that was found")
+        checks = [check for part in ("ledger", "mechanism") for check in found[part]["checks"]]
+        assert len(checks) > 6
+        for check in checks:
+            assert " ".join(check["meaning"].split()) in text
+            assert check["title"] in text
+
+
+def test_as_many_canaries_as_there_could_be_are_said() -> None:
+    found = samples.passing()
+    found["mechanism"].update(canaries=380, most_canaries=384)
+    assert "380 canaries of at most 384" in read(found).after("Claimed ε against measured lower bounds", "Every check")
+
+
 def test_releases_are_counted_by_run_and_state() -> None:
     text = Page(text_of("passing")).after("What was released", "Budget spent and left")
+    assert "To the server of each run, and whoever it passes the model on to: count it as public" in text
+    assert "Run it went to" in text
     assert "3 data holders in 2 runs" in text
     assert "36 charged: 30 left the holder, 3 may have, 3 did not." in text
     assert "2026-11-20 08:07:00 UTC to 2026-11-21 05:24:00 UTC" in text

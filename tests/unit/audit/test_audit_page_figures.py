@@ -86,6 +86,29 @@ def test_infinite_and_unknown_epsilons_are_no_numbers() -> None:
     assert "ε = ∞ at δ = 1e-5" in read(mixed).text
 
 
+def test_the_picture_of_the_attack_has_the_ceiling_of_the_table() -> None:
+    """A point above the table's ceiling lies above the picture's line, too: both come from the audit."""
+    found = samples.passing()
+    before = page._roc_chart(found["membership"])
+    found["membership"]["ceiling"] = [[rate, most / 3] for rate, most in found["membership"]["ceiling"]]
+    after = page._roc_chart(found["membership"])
+    found["membership"]["ceiling"] = None
+    without = page._roc_chart(found["membership"])
+    found["membership"]["claim"] = None
+    assert page._roc_chart(found["membership"]) == without  # nothing but the audit's own curve is drawn
+    assert len({before, after, without}) == 3
+
+
+def test_one_figure_is_the_largest() -> None:
+    """The headline and the list name the same epsilon, whatever the composition over holders leaves out."""
+    found = samples.passing()
+    found["ledger"]["holders"][0]["domains"][0]["epsilon"]["ledger"]["epsilon"] = 2.9004
+    found["ledger"]["across"]["disjoint"] = {"epsilon": 1.5, "delta": 1e-5, "unit": "record"}
+    text = read(found)
+    assert "No data holder spent more than ε = 2.91 at δ = 1e-5" in text.text
+    assert "Largest ε ε = 2.91 at δ = 1e-5" in text.after("What was released", "Budget spent and left")
+
+
 def test_the_ceiling_is_the_least_that_both_directions_allow() -> None:
     """Against a search over all tests: (tpr, fpr) must satisfy both inequalities of the definition."""
     for epsilon, delta in ((0.5, 1e-5), (3.0, 1e-3), (8.0, 0.05)):

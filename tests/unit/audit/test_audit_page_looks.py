@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from runpy import run_path
@@ -88,3 +89,19 @@ def test_a_browser_draws_the_page_without_sideways_scrolling(
     verdict = np.array([0xE6, 0xF5, 0xEE] if make is samples.passing else [0xFD, 0xEC, 0xEA])
     share = (np.abs(drawn[:400] - verdict).max(-1) <= 2).mean()
     assert share > 0.1, "the verdict does not stand at the top in its colour"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(reading.CHROMIUM is None, reason="no Chromium on this machine to print the page with")
+def test_on_paper_nothing_is_left_out(tmp_path: Path) -> None:
+    """Sections that are closed on the screen are printed all the same."""
+    found = {**samples.passing(), "ledger": samples.ledger(40, 10)}
+    whole = write_page(found, tmp_path / "whole.html")
+    closed = whole.read_text(encoding="utf-8")
+    assert "<details" in closed
+    opened = tmp_path / "opened.html"
+    opened.write_text(re.sub(r"<details(?![^>]* open)", "<details open", closed), encoding="utf-8")
+    without = tmp_path / "without.html"
+    without.write_text(re.sub(r"<details.*?</details>", "", closed, flags=re.DOTALL), encoding="utf-8")
+    sheets = {name: reading.printed(path) for name, path in (("closed", whole), ("opened", opened), ("none", without))}
+    assert sheets["closed"] == sheets["opened"] > sheets["none"] + 5, sheets

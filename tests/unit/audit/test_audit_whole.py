@@ -49,6 +49,27 @@ def test_a_result_that_was_changed(tiny, tmp_path):
     assert "holder-00002" in found.meaning
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda spend: spend["events"].pop(), "leaves out what holder-00001 released"),
+        (lambda spend: spend.update(epsilon=0.5), "states another epsilon for holder-00001"),
+        (lambda spend: spend.update(events=[]), "leaves out what holder-00001 released"),
+    ],
+    ids=["an event less", "another epsilon", "no event"],
+)
+def test_a_result_that_says_less_than_was_spent(change, says, tiny, tmp_path):
+    folder = tmp_path / "run"
+    simulate(tiny({"training.rounds": 3}), folder)
+    raw = json.loads((folder / "result.json").read_text())
+    change(raw["privacy"][1])
+    (folder / "result.json").write_text(json.dumps(raw))
+    found = checked(folder)
+    assert not found.passed
+    assert found.figure == "4 of 5 holders"
+    assert says in found.meaning
+
+
 def test_holders_that_keep_their_ledgers_between_runs(tiny, tmp_path):
     for number in range(2):
         simulate(tiny({"training.rounds": 2, "run.seed": number}), tmp_path / f"run-{number}", state=tmp_path / "state")

@@ -46,6 +46,7 @@ def test_a_privacy_statement_says_what_the_audit_found(ledger, stated, tmp_path)
     (domain,) = found["domains"]
     assert domain["first"] == holder["domains"][0]["epsilon"]["first"]
     assert domain["second"] == holder["domains"][0]["epsilon"]["second"]
+    assert domain["ledger"] == holder["domains"][0]["epsilon"]["ledger"]
     assert (domain["unit"], domain["released"], domain["reserved"]) == (["record"], 5, 1)
     assert domain["first_time"] < domain["last_time"] < found["time"]
     # it is a mark as well

@@ -52,14 +52,18 @@ def test_a_looser_clip_is_measured(monkeypatch, head):
     assert result.largest == pytest.approx(1.5, rel=1e-4)
     check = result.check()
     assert not check.passed
-    assert result.kind in check.meaning
-    assert "clipping norm" in check.meaning
+    assert "A record like any other is clipped to 1.5 times the clipping norm" in check.meaning
 
 
-@pytest.mark.parametrize("twin", ["clip_batches", "count_truly"])
-def test_clipping_per_batch_and_the_true_count_are_seen(monkeypatch, twin):
+@pytest.mark.parametrize(
+    ("twin", "says"),
+    [("clip_batches", "records are clipped together, not each by itself"), ("count_truly", "follows the true count")],
+)
+def test_clipping_per_batch_and_the_true_count_are_seen_and_told_apart(monkeypatch, twin, says):
     BENCH[twin](monkeypatch)
-    assert found(Bench(features=12, double=True)).largest > 1.2
+    result = found(Bench(features=12, double=True))
+    assert result.largest > 1.2
+    assert says in result.check().meaning
 
 
 def test_clipping_records_of_persons_is_seen(monkeypatch):
@@ -67,6 +71,7 @@ def test_clipping_records_of_persons_is_seen(monkeypatch):
     result = found(Bench(features=12, people=3, double=True))
     assert result.largest > 100
     assert result.kind == "a great many records"
+    assert "One person (a great many records) moves a sum by" in result.check().meaning
 
 
 def test_a_sum_that_is_not_a_number_is_seen(monkeypatch):

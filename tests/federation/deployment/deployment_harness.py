@@ -5,9 +5,9 @@ import io
 import json
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
-import urllib.request
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from deployment_processes import PATIENCE, Process, end_all, until
+from deployment_processes import PATIENCE, Process, end_all, figures_at, until
 from deployment_proxy import Proxy
 from sklearn.datasets import load_digits
 
@@ -70,6 +70,7 @@ class Federation:
         self.processes: list[Process] = []
         self.proxies: dict[str, Proxy] = {}
         self.server: Process | None = None
+        self.options: list[str] = []  # of every serve and join
         folder.mkdir(parents=True, exist_ok=True)
         make_keys(folder / "keys", self.holders)
         vectors, labels = digits()
@@ -142,7 +143,7 @@ class Federation:
 
     def serve(self) -> Process:
         """Start the server; it answers when this returns."""
-        self.server = server = self.start("serve", "serve", self.server_file)
+        self.server = server = self.start("serve", "serve", self.server_file, *self.options)
         until(lambda: self.answers() or not server.alive, what="serve answers")
         assert server.alive, server.text()
         return server
@@ -158,17 +159,11 @@ class Federation:
 
     def join(self, *names: str) -> list[Process]:
         """Start data holders."""
-        return [self.start(name, "join", self.holder_file(name)) for name in names]
+        return [self.start(name, "join", self.holder_file(name), *self.options) for name in names]
 
     def online(self) -> int:
         """How many data holders the server's figures show as connected."""
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.figures}/metrics", timeout=5) as answer:
-                lines = answer.read().decode().splitlines()
-        except OSError:
-            return -1
-        found = [line.split()[-1] for line in lines if line.startswith('fedhead_server_nodes{state="online"}')]
-        return int(float(found[0])) if found else -1
+        return int(figures_at(self.figures).get('fedhead_server_nodes{state="online"}', -1))
 
     def up(self, *names: str) -> dict[str, Process]:
         """A server and data holders, all connected when this returns."""
@@ -241,6 +236,25 @@ class Federation:
     def until_state(self, process: Process, state: str) -> None:
         """Wait until the run of a submit says that it is in this state."""
         until(lambda: self.state().get("pid") == process.popen.pid and self.state()["state"] == state, what=state)
+
+    def phase(self) -> str:
+        """Where the round under way is, as the server's database has it; for runs that ask all holders.
+
+        "between" the rounds, "asked" where a holder has not got its request yet, "training" where all have and none has
+        answered, "answering" where some have.
+        """
+        with contextlib.closing(sqlite3.connect(self.folder / "link" / "link.sqlite", timeout=60)) as database:
+            rows = database.execute(
+                "SELECT delivered_at != '', EXISTS (SELECT 1 FROM message_res WHERE reply_to_message_id = m.message_id)"
+                " FROM message_ins AS m WHERE message_type = 'train' AND group_id ="
+                " (SELECT group_id FROM message_ins WHERE message_type = 'train' ORDER BY created_at DESC LIMIT 1)"
+            ).fetchall()
+        answered = sum(reply for _, reply in rows)
+        if answered == len(rows):
+            return "between"
+        if answered or len(rows) < len(self.holders):  # the rows of a reply that was fetched are gone
+            return "answering"
+        return "training" if all(delivered for delivered, _ in rows) else "asked"
 
     def result(self, out: str = "out") -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.folder / out / "result.json").read_text())

@@ -6,18 +6,22 @@ import os
 import signal
 
 import pytest
-from deployment_harness import LABELS
-from deployment_processes import PATIENCE, until
+from deployment_harness import LABELS, free_ports
+from deployment_processes import PATIENCE, figures_at, until
 
 import fedhead
 from fedhead.common.refusals import BEYOND_BUDGET
 
 pytestmark = pytest.mark.slow
+RELEASED = 'fedhead_holder_rounds_total{outcome="released"}'
 SLOWLY = {"limits": {"reply_at": 1.0}}  # a round then lasts long enough to do something within it
 
 
 def test_a_run_leaves_what_a_simulation_leaves_and_goes_on_where_it_was_stopped(federation):
     ours = federation(server={"least_holders": 2}, holder=SLOWLY)
+    (figures,) = free_ports(1)
+    ours.write_holder("north", {**SLOWLY, "metrics": f"127.0.0.1:{figures}"})
+    ours.options = ["--json-logs"]
     ours.up()
 
     told = ours.run("status", "--server", ours.server_file, "--json")
@@ -37,6 +41,14 @@ def test_a_run_leaves_what_a_simulation_leaves_and_goes_on_where_it_was_stopped(
     }  # fmt: skip
     labels, _ = fedhead.load(ours.folder / "out" / "model", allow_modules=True).predict([[0.5] * 64])
     assert labels[0] in LABELS
+
+    shown = until(lambda: (found := figures_at(figures)).get(RELEASED) == 4 and found, what="four rounds were released")
+    (epsilon,) = (row["epsilon"] for row in result["privacy"] if row["holder"] == "north")
+    assert shown['fedhead_holder_budget_epsilon{domain="wards",kind="spent"}'] == pytest.approx(epsilon, rel=1e-3)
+    # budgets compose: what is left is more than the difference
+    assert 8 - epsilon < shown['fedhead_holder_budget_epsilon{domain="wards",kind="left"}'] < 8
+    assert shown["fedhead_holder_training_seconds_count"] == 4
+    assert shown["fedhead_holder_online"] == shown['fedhead_holder_up{process="executor"}'] == 1
 
     budget = ours.run("budget", *map(ours.ledger, ours.holders), "--json")
     assert budget.returncode == 0, budget.stderr
@@ -69,7 +81,14 @@ def test_a_run_leaves_what_a_simulation_leaves_and_goes_on_where_it_was_stopped(
         assert refused.returncode == 2, refused.stderr
         assert setting in refused.stderr
         assert not (ours.folder / "no").exists()
-    assert all(process.terminate() == 0 for process in ours.processes if process.alive)
+    joined = [process for process in ours.processes if process.alive]
+    assert [process.name for process in joined] == ["serve", "north", "south"]
+    assert all(process.terminate() == 0 for process in joined)
+    for process in joined:  # theirs, and their children's
+        lines = [json.loads(line) for line in process.log.read_text().splitlines()]
+        assert {"time", "side", "level", "logger", "message"} <= set.intersection(*map(set, lines))
+        assert {line["side"] for line in lines} == {"server" if process.name == "serve" else "client"}
+        assert process.out.read_text() == ""
 
 
 def test_a_late_holder_is_taken_in_and_one_without_budget_is_left_out(federation):
@@ -101,10 +120,11 @@ def test_a_late_holder_is_taken_in_and_one_without_budget_is_left_out(federation
 
 def test_a_submit_without_a_server_or_enough_holders_ends_in_one_line(federation):
     ours = federation(server={"least_holders": 2, "holders_deadline": 3.0})
-    alone = ours.submit("alone")
+    alone = ours.submit("alone", "--json-logs")
     assert alone.wait() in (1, 2)
     assert "Traceback" not in alone.text()
     assert "fedhead serve" in alone.text()
+    assert [json.loads(line)["level"] for line in alone.log.read_text().splitlines()] == ["ERROR"]
     ours.serve()
     few = ours.submit("few")
     assert few.wait() == 1, few.text()

@@ -5,6 +5,7 @@ import random
 import time
 
 import pytest
+from deployment_processes import until
 
 pytestmark = pytest.mark.slow
 REPLY_AT = 1.5  # seconds that a holder takes for its part of a round; a phase can then be hit
@@ -30,18 +31,22 @@ def test_a_server_that_is_killed_and_started_again_goes_on_by_itself(federation)
     )
     joined = ours.up("north")
 
-    def restart(seconds: float) -> None:
+    def restart(seconds: float = 0.0, *phases: str) -> None:
+        """Kill the server after so many seconds, or as soon as the round is in one of the phases."""
         time.sleep(seconds)
+        if phases:
+            until(lambda: ours.phase() in phases, what=" or ".join(phases))
         ours.server.kill()
+        assert not phases or ours.phase() in phases
         assert submit.alive
         ours.serve()
 
     submit = ours.submit()
     ours.until_state(submit, "waiting")
-    restart(1.0)  # while the run waits for a second holder
+    restart(1.0, "between")  # while the run waits for a second holder
     joined["south"] = ours.join("south")[0]
     ours.after_round(submit, 1)
-    restart(0.8)  # while the holders train
+    restart(0.0, "training")
     ours.after_round(submit, 2)
     restart(0.0)  # while the next request is pushed
     ours.after_round(submit, 3)
@@ -70,7 +75,11 @@ def test_a_submit_that_is_killed_goes_on_from_its_checkpoint(federation):
         submit = ours.submit("out", "--resume")
         ours.after_round(submit, number)
         time.sleep(seconds)
-        submit.kill()
+        if number == 1:  # asked to end, as a system that shuts down does
+            assert submit.terminate() == 143, submit.text()
+            assert ours.state()["state"] == "stopped"
+        else:
+            submit.kill()
         assert not (ours.folder / "out" / "result.json").exists()
     submit = ours.submit("out", "--resume")
     assert submit.wait() == 0, submit.text()

@@ -38,3 +38,4 @@ bench:
     python benchmarks/holders.py
     python benchmarks/ledger.py
     python benchmarks/exchange.py
+    python benchmarks/audit.py

@@ -25,22 +25,25 @@ RecipeArgument = Annotated[str, typer.Argument(help="A recipe's file, or the nam
 PageOption = Annotated[
     Path | None, typer.Option("--page", metavar="FILE", help="Write the page for a data protection officer.")
 ]
+StatementsOption = Annotated[
+    list[Path] | None,
+    typer.Option("--statement", metavar="FILE", help="A signed statement that the ledger must bear out."),
+]
+KeysOption = Annotated[
+    list[str] | None, typer.Option("--key", metavar="HEX", help="A holder's public key, known from elsewhere.")
+]
+MarksOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="The server's marks.json: no ledger may be older than it.")
+]
 
 
 @audit.command("ledger")
 def audit_ledger(
     ledgers: Annotated[list[Path], typer.Argument(metavar="LEDGER...", help="Ledgers, or folders that hold some.")],
     delta: Annotated[float | None, typer.Option(help="State epsilon at this delta. Default: each budget's.")] = None,
-    statements: Annotated[
-        list[Path] | None,
-        typer.Option("--statement", metavar="FILE", help="A signed statement that the ledger must bear out."),
-    ] = None,
-    keys: Annotated[
-        list[str] | None, typer.Option("--key", metavar="HEX", help="A holder's public key, known from elsewhere.")
-    ] = None,
-    marks: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The server's marks.json: no ledger may be older than it.")
-    ] = None,
+    statements: StatementsOption = None,
+    keys: KeysOption = None,
+    marks: MarksOption = None,
     same_people: Annotated[
         bool, typer.Option("--same-people", help="The same person may be at several holders: their epsilons add up.")
     ] = False,
@@ -162,6 +165,9 @@ def audit_report(
         int | None,
         typer.Option(help="Audit a simulation's noise, from this seed, instead of a deployment's secure noise."),
     ] = None,
+    statements: StatementsOption = None,
+    keys: KeysOption = None,
+    marks: MarksOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Audit a run's ledgers and its mechanism, and write one page that a data protection officer can read."""
@@ -171,7 +177,15 @@ def audit_report(
 
     with contextlib.redirect_stdout(sys.stderr), console.progress_bars() as listener:
         found, path = audit_run(
-            run_dir, out, recipe=recipe, membership=membership, seed=seed, progress_listener=listener
+            run_dir,
+            out,
+            recipe=recipe,
+            membership=membership,
+            seed=seed,
+            statements=statements or (),
+            keys=keys or (),
+            marks=marks,
+            progress_listener=listener,
         )
     emit({**found, "page": str(path)}, as_json, lambda: typer.echo(str(path)))
     _end(found["passed"])

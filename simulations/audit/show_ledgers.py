@@ -41,8 +41,8 @@ def show_statement(found: Mapping[str, Any]) -> None:
     out.print(Text(f"  relation: {found['relation']}; ledger up to row {found['sequence']:,}"))
     table = _table("epsilon")
     table.add_column("domain", overflow="fold", min_width=8)
-    for name in ("unit", "GDP/PRV", "PLD", "ledger", "of", "delta", "sent", "unsent", "first", "last"):
-        table.add_column(name, justify="right", no_wrap=name != "unit")
+    for name in ("unit", "GDP/PRV", "PLD", "ledger", "of", "delta", "sent", "unsent", "sent on"):
+        table.add_column(name, justify="right", no_wrap=name not in ("unit", "sent on"))
     for one in found["domains"]:
         terms, times = one["terms"], [(one[name] or "")[:10] for name in ("first_time", "last_time")]
         table.add_row(
@@ -53,7 +53,7 @@ def show_statement(found: Mapping[str, Any]) -> None:
             "" if one["first"] is None else delta_as(one["first"]["delta"]),
             str(one["released"]),
             str(one["reserved"] + one["abandoned"]),
-            *times,
+            "\n".join(dict.fromkeys(times)),
         )
     out.print(table)
     out.print(f"signed with the key {found['public_key']}", soft_wrap=True)

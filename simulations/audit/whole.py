@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +29,9 @@ def audit_run(
     recipe: str | Path | None = None,
     membership: bool = False,
     seed: int | None = None,
+    statements: Sequence[Path] = (),
+    keys: Sequence[str] = (),
+    marks: Path | None = None,
     progress_listener: progress.Listener | None = None,
 ) -> tuple[dict[str, Any], Path]:
     """Audit a run and write the page.
@@ -45,6 +48,8 @@ def audit_run(
         Attack final heads as well; trains the recipe many times.
     seed : int, optional
         Audit a simulation's noise from this seed instead of a deployment's.
+    statements, keys, marks
+        What the ledgers must bear out, as `audit_ledgers` takes them.
     progress_listener : callable, optional
         Called as `listener(stage, done, total, note)`.
 
@@ -72,7 +77,9 @@ def audit_run(
     config = config_of(result, recipe)
     if membership:
         check_settings(config, None)  # before the work
-    ledger = audit_ledgers([folder / "holders"], delta=config.privacy.delta)
+    ledger = audit_ledgers(
+        [folder / "holders"], delta=config.privacy.delta, statements=statements, keys=keys, marks=marks
+    )
     agrees = same_run(result, ledger)
     ledger["checks"].append(agrees.to_dict())
     ledger["passed"] = ledger["passed"] and agrees.passed

@@ -91,6 +91,18 @@ def test_statements_are_signed_and_verified(audit, here, statement):
         assert (status, strict(out)["passed"]) == (0, True)
 
 
+def test_a_page_of_a_run_may_be_held_to_statements(audit, here, statement):
+    path, key = statement
+    given = ["--statement", path, "--key", key]
+    status, out, _ = audit("report", "run", "--seed", "1", "--json", *given)
+    names = {check["name"]: check["passed"] for check in strict(out)["ledger"]["checks"]}
+    assert (status, names["signatures"]) == (0, True)
+    other = ("0" if key[0] != "0" else "1") + key[1:]
+    status, out, _ = audit("report", "run", "--seed", "1", "--json", "--statement", path, "--key", other)
+    assert status == 1
+    assert "Failed" in (here / "run/audit.html").read_text()
+
+
 def test_what_a_module_prints_goes_to_stderr(audit, here):
     status, out, err = audit("mechanism", "r.toml", "--json", "--set", f"{HEAD}Loud")
     assert status == 2  # no plain linear layer

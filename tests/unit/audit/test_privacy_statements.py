@@ -66,6 +66,7 @@ def test_a_statement_is_read_from_its_file(ledger, stated, tmp_path, capsys):
     assert "compare it" in out
     assert key in out
     assert all(len(line) <= 80 for line in out.splitlines() if key not in line)
+    assert "…" not in out
     with pytest.raises(InputError, match="can't be read"):
         read_statement(tmp_path / "none")
     path.write_text(stated + "\n\n")

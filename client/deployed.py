@@ -155,7 +155,11 @@ def open_ledger(holder: HolderFile) -> Ledger:
     """The holder's ledger; that there is one is remembered beside it."""
     ledger = Ledger(holder.ledger)
     if not (holder.folder / MADE).exists():
-        write_aside(holder.folder / MADE, b"A ledger was made beside this file. Without it, nothing may be trained.\n")
+        write_aside(
+            holder.folder / MADE,
+            b"A ledger was made beside this file. Without it, nothing may be trained.\n",
+            durable=True,
+        )
     return ledger
 
 

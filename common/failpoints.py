@@ -34,6 +34,8 @@ FAILPOINTS: Final[Mapping[str, str]] = MappingProxyType(
         "round.sending": "a round's release is stored and about to leave",
         "ledger.export.written": "a holder's file is complete under a temporary name",
         "ledger.key.written": "a new signing key is complete under a temporary name",
+        "file.written": "a checkpoint, result, mark or the like is complete under a temporary name",
+        "file.renamed": "such a file has its name, its folder is not yet synchronised",
         "keys.written": "a key or certificate for a deployment is complete under a temporary name",
         "keys.linked": "a key or certificate has its name, its folder is not yet synchronised",
     }

@@ -24,6 +24,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from fedhead.common.errors import InputError
+from fedhead.common.failpoints import reach
 
 SCHEMA: Final = 1
 FILE: Final = "result.json"
@@ -311,7 +312,9 @@ def write_aside(path: Path, content: bytes, mode: int = 0o666, *, durable: bool 
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        reach("file.written")
         os.replace(aside, path)
+        reach("file.renamed")
         if durable:
             handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:

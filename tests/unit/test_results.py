@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedhead.common import results
+from fedhead.common import failpoints, results
 from fedhead.common.errors import InputError
 from fedhead.common.results import Result, write_aside
 
@@ -217,3 +218,37 @@ def test_a_durable_write_flushes_the_folder_after_the_name(tmp_path: Path, monke
 def test_reading_a_result_needs_no_torch() -> None:
     code = "import sys, fedhead.common.results; sys.exit('torch' in sys.modules or 'flwr' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("point", "left"), [("file.written", b"old"), ("file.renamed", b"new")])
+def test_a_kill_at_either_point_leaves_one_whole_file(tmp_path: Path, point: str, left: bytes) -> None:
+    path = tmp_path / "marks.json"
+    write_aside(path, b"old", durable=True)
+
+    def die(name: str) -> None:
+        if name == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if not child:
+        with failpoints.installed(die):
+            write_aside(path, b"new", durable=True)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert path.read_bytes() == left
+    write_aside(path, b"next", durable=True)  # what was left over stands in nobody's way
+    assert path.read_bytes() == b"next"
+
+
+def test_a_write_in_place_would_be_noticed(tmp_path: Path) -> None:
+    """The wrong twin: cut off by a kill, it leaves neither file."""
+    path = tmp_path / "marks.json"
+    path.write_bytes(b"old")
+    child = os.fork()
+    if not child:
+        with path.open("wb") as file:
+            file.write(b"ne")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert path.read_bytes() not in (b"old", b"new")

@@ -35,7 +35,7 @@ class Hostile:
     """The server's side of a run, in this process."""
 
     def __init__(self, ours, session: Session) -> None:
-        self.config = make_config(RECIPE, base=ours.folder)
+        self.ours, self.config = ours, make_config(RECIPE, base=ours.folder)
         self.backbone = load_backbone(self.config.model, ours.folder, vector_size=64).digest
         self.grid = session.grid
         (self.node,) = (one.node for one in session.registered())
@@ -61,10 +61,14 @@ class Hostile:
         return replies[0]
 
     def code(self, content: RecordDict, kind: str = MessageType.TRAIN) -> int:
-        """The code of a refusal, of which nothing is left but the code's own text and the holder's name."""
+        """The code of a refusal: beside it the code's own text, the holder's name, and where its ledger stands."""
         reply = self.send(content, kind)
         assert reply.has_error()
         said = json.loads(reply.error.reason)
+        mark = {key: said.pop(key) for key in ("sequence", "hash") if key in said}
+        if mark:
+            chain = {entry.sequence: entry.hash for entry in self.ours.entries("north")}
+            assert chain[mark["sequence"]] == mark["hash"]
         assert said == {"holder": said["holder"], "text": TEXTS[reply.error.code]}
         assert said["holder"] in ("north", "")
         return reply.error.code

@@ -39,7 +39,8 @@ def own_records(holder: HolderFile, config: RunConfig) -> Records:
 
     Notes
     -----
-    Guarantee: whether a record is left out depends on that record alone, and shows in nothing that leaves the holder.
+    Guarantee: whether a record is left out depends on that record and on public facts of the file (its columns, the
+    length of its vectors) alone, and shows in nothing that leaves the holder.
     """
     records = load_records(config.data.source, config.data.columns, config.task.labels, holder.base, lenient=True)
     keep = records.labels >= 0

@@ -193,6 +193,15 @@ def _limits(holder: HolderFile, records: Records | DataError) -> Iterator[Findin
         )  # fmt: skip
     else:
         yield Finding("least records", "ok", f"{count(len(records), 'record')}, at least {least:,} wanted")
+    yield Finding("requests", "ok", _accepted(holder))
+    unproved = [head for head in limits.heads if head != "linear"]
+    if unproved:
+        yield Finding(
+            "heads", "warning",
+            f"limits.heads has {', '.join(unproved)}: what one unit changes is proved, rounding included, for linear heads "
+            "only",
+            'Set limits.heads = ["linear"] unless you trust the server that far.',
+        )  # fmt: skip
     if "holder" in limits.units:
         yield Finding(
             "unit", "warning", "the unit holder is accepted: the server is then trusted to add the noise",
@@ -203,3 +212,23 @@ def _limits(holder: HolderFile, records: Records | DataError) -> Iterator[Findin
             "noise", "warning", "limits.allow_seeded_noise is true: whoever sends the seed can take the noise off",
             "Set it to false outside of tests.",
         )  # fmt: skip
+
+
+def _accepted(holder: HolderFile) -> str:
+    """What a request may ask for, in words."""
+    limits, run = holder.limits, holder.budget.per_run
+    backbones, release = limits.backbones, limits.release
+    norm, noise = limits.clipping_norm_max, limits.noise_multiplier_min
+    return "; ".join(
+        [
+            f"unit {' or '.join(limits.units)}",
+            f"head {' or '.join(limits.heads)}",
+            "any task" if limits.tasks is None else f"task {' or '.join(limits.tasks)}",
+            "any backbone" if backbones is None else f"one of {count(len(backbones), 'backbone')}",
+            "any clipping norm" if norm is None else f"clipping norm at most {norm:g}",
+            "any noise that the budget pays for" if noise is None else f"noise multiplier at least {noise:g}",
+            "no limit for one run" if run is None else f"a run at most epsilon {run.epsilon:g}",
+            "noised counts may leave" if release.metrics else "no metrics leave",
+            f"code: {', '.join(limits.modules)}" if limits.modules else "no code of its own",
+        ]
+    )

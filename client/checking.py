@@ -198,8 +198,8 @@ def _limits(holder: HolderFile, records: Records | DataError) -> Iterator[Findin
     if unproved:
         yield Finding(
             "heads", "warning",
-            f"limits.heads has {', '.join(unproved)}: what one unit changes is proved, rounding included, for linear heads "
-            "only",
+            f"limits.heads has {', '.join(unproved)}: what one unit changes is proved, rounding included, for linear "
+            "heads only",
             'Set limits.heads = ["linear"] unless you trust the server that far.',
         )  # fmt: skip
     if "holder" in limits.units:

@@ -31,6 +31,7 @@ from fedhead.common.data.paths import SCHEME
 from fedhead.common.data.persons import names_of
 from fedhead.common.data.records import Records
 from fedhead.common.errors import InputError, ModelError
+from fedhead.common.failpoints import reach
 from fedhead.common.features.extraction import cache_key
 from fedhead.common.models.backbones import Backbone, load_backbone
 from fedhead.common.models.trainable import Trainable
@@ -104,6 +105,7 @@ def _deploy(holder: HolderFile, config: RunConfig) -> Workplace:
     mark = fingerprint(records.digests(), records.labels, Domains(holder.folder).key())
     admission = Admission(open_ledger(holder), holder.limits, holder.budget, {holder.name: mark})
     trainer = Trainer(trainable, make_task(config.task))
+    reach("holder.opened")
     return Workplace(config, backbone.digest, trainer, placed.training, admission, placed.apart)
 
 

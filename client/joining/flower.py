@@ -46,6 +46,7 @@ from fedhead.client.joining.bounds import LARGEST_ANSWER, LONGEST_RECIPE, MOST_O
 from fedhead.client.joining.retry import Retry
 from fedhead.client.joining.uploading import Upload
 from fedhead.client.joining.weighing import TOO_LARGE
+from fedhead.common.failpoints import reach
 
 _NO_BUNDLE: Final = hashlib.sha256(b"").hexdigest()
 _OBJECT_SECONDS: Final = 600.0  # most that a node waits for the rest of a message that the server has announced
@@ -260,6 +261,7 @@ class Loop:
         run = original(receive=timed, **kwargs)
         self._busy = run is not None
         if self._busy:
+            reach("node.received")
             self._arrived()
         return run
 

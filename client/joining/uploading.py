@@ -12,6 +12,8 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
+from fedhead.common.failpoints import reach
+
 MOST_UPLOADS: Final = 4
 """How often a reply of which the server lacks an object is announced again, after pauses of 1, 2, 3 and 4 seconds."""
 
@@ -46,7 +48,9 @@ class Upload:
     def send(self, message: Message, tree: ObjectTree, seconds: float) -> tuple[set[str], str]:
         """Announce a reply; gives the objects that the server lacks, and the session in which to bring them."""
         self._reply, self._all_there, self._given_up = (message, tree), False, False
-        return self._send(message, tree, seconds)
+        announced = self._send(message, tree, seconds)
+        reach("node.announced")
+        return announced
 
     def push_object(self, run: int, session: str, name: str, content: bytes) -> None:
         """Bring an object; Flower calls it from several threads.
@@ -60,6 +64,7 @@ class Upload:
             return
         try:
             self._push(run, session, name, content)
+            reach("node.uploading")
         except ObjectPushError:
             with self._lock:  # a new announcement ends the session of all threads: the first brings all that is missing
                 if not self._all_there:

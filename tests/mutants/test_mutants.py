@@ -9,12 +9,20 @@ from pathlib import Path
 
 import pytest
 
+from fedhead.client.auditing import contributions
 from fedhead.simulations.audit.mechanism import audit_mechanism
 
 HERE = Path(__file__).parent
 SOURCE = runpy.run_path(str(HERE / "mechanism_mutants.py"))
 MUTANTS, OF_PERSONS = SOURCE["MECHANISM_MUTANTS"], SOURCE["PERSON_MUTANTS"]
 RECIPE = {"privacy.epsilon": 5.0, "training.rounds": 40}
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """Fewer data sets for what one unit moves: it takes most of an audit's time, and half of them show it all."""
+    monkeypatch.setattr(contributions, "_SIZES", (0, 7))
+    monkeypatch.setattr(contributions, "_LABELS", 3)
 
 
 def audited(tiny, changes, seed):
@@ -35,13 +43,13 @@ def caught(mutant, found, record_property):
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_the_mechanism_audit_catches(mutant, tiny, monkeypatch, record_property):
+def test_the_mechanism_audit_catches(mutant, tiny, brief, monkeypatch, record_property):
     mutant.plant(monkeypatch)
     caught(mutant, audited(tiny, mutant.changes, mutant.seed), record_property)
 
 
 @pytest.mark.parametrize("mutant", OF_PERSONS, ids=lambda mutant: mutant.name)
-def test_it_catches_what_is_wrong_for_persons(mutant, persons, monkeypatch, record_property):
+def test_it_catches_what_is_wrong_for_persons(mutant, persons, brief, monkeypatch, record_property):
     mutant.plant(monkeypatch)
     caught(mutant, audit_mechanism(persons({}), records=40, seed=mutant.seed), record_property)
 

@@ -67,11 +67,25 @@ def test_a_holder_that_is_killed_in_any_phase_comes_back_and_pays_what_the_crash
     ours.audited()
 
 
-def test_a_holder_that_hangs_costs_one_deadline_and_comes_back(federation):
-    ours = federation(recipe={"training": {"rounds": 12}}, server={"round_deadline": 6.0})
+ON_THE_WAY = ("node.received", "node.announced", "node.uploading")
+
+
+def test_a_holder_that_hangs_or_dies_on_the_way_costs_one_deadline_and_comes_back(federation):
+    ours = federation(recipe={"training": {"rounds": 32}}, server={"round_deadline": 6.0})
     joined = ours.up()
+    opening = ours.order("north", "executor", "holder.opened")
     submit = ours.submit()
     ours.after_round(submit, 2)
+    assert not opening.exists()  # it died as it opened its records; started anew, it is taken in
+    until(lambda: ours.ledger("north").exists() and ours.charges("north"), what="north is taken in")
+    broken = {}
+    for point in ON_THE_WAY:
+        order = ours.order("north", "node", point)
+        until(lambda order=order: not (order.exists() and submit.alive), what=point)
+        # what it got by then is not charged yet; what it sends is
+        broken[point] = max(ours.charges("north")) + (point == "node.received")
+        ours.after_round(submit, broken[point] + 1)
+        until(lambda point=point: max(ours.charges("north")) > broken[point], what=f"it is back after {point}")
     hanging = [joined["south"].popen.pid, *descendants(joined["south"].popen.pid)]
     for pid in hanging:
         os.kill(pid, signal.SIGSTOP)
@@ -81,7 +95,11 @@ def test_a_holder_that_hangs_costs_one_deadline_and_comes_back(federation):
     for pid in hanging:
         os.kill(pid, signal.SIGCONT)
     assert submit.wait() == 0, submit.text()
-    holders = [row["holders"] for row in ours.result()["rounds"]]
+    rounds = ours.result()["rounds"]
+    for point, number in broken.items():
+        assert [row["holder"] for row in rounds[number - 1]["refused"]] == ["north"], (point, number)
+        assert ours.charges("north").get(number, Counter())["reserve"] <= 1
+    holders = [row["holders"] for row in rounds]
     assert 1 in holders
     assert holders[-1] == 2, holders
     assert taken < 6.0 + 4 * 10

@@ -191,6 +191,12 @@ def _limits(holder: HolderFile, records: Records | DataError) -> Iterator[Findin
             "least records", "remedy", f"there are {len(records)} records, and limits.least_records is {least}",
             "Take part with more records, or lower it.",
         )  # fmt: skip
+    elif len(records) > limits.most_records:
+        yield Finding(
+            "most records", "remedy", f"there are {len(records)} records, and limits.most_records is "
+            f"{limits.most_records}",
+            "Raise it, up to 1048576, or take part with fewer.",
+        )  # fmt: skip
     else:
         yield Finding("least records", "ok", f"{count(len(records), 'record')}, at least {least:,} wanted")
     yield Finding("requests", "ok", _accepted(holder))

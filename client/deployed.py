@@ -100,11 +100,11 @@ def _deploy(holder: HolderFile, config: RunConfig) -> Workplace:
     split = alone(config, records)
     placed = place(config, features, split, [holder.name])
     if not holder.limits.allow_seeded_noise:
-        check_rounding(split, trainable, config.privacy.person)
+        check_rounding(split, trainable, config.privacy.person, holder.limits.most_records)
     # keyed: the ledger's hash leaves with every reply, and must not tell one set of records from another
     mark = fingerprint(records.digests(), records.labels, Domains(holder.folder).key())
     admission = Admission(open_ledger(holder), holder.limits, holder.budget, {holder.name: mark})
-    trainer = Trainer(trainable, make_task(config.task))
+    trainer = Trainer(trainable, make_task(config.task), most_records=holder.limits.most_records)
     reach("holder.opened")
     return Workplace(config, backbone.digest, trainer, placed.training, admission, placed.apart)
 
@@ -165,7 +165,7 @@ def open_ledger(holder: HolderFile) -> Ledger:
     return ledger
 
 
-def check_rounding(whole: Split, trainable: Trainable, person: str | None) -> None:
+def check_rounding(whole: Split, trainable: Trainable, person: str | None, most: int) -> None:
     """Refuse more records than the rounding of their sum is covered for: before any run, whatever a request says.
 
     Parameters
@@ -176,6 +176,8 @@ def check_rounding(whole: Split, trainable: Trainable, person: str | None) -> No
     trainable : Trainable
     person : str or None
         The column of persons.
+    most : int
+        limits.most_records.
 
     Raises
     ------
@@ -186,7 +188,7 @@ def check_rounding(whole: Split, trainable: Trainable, person: str | None) -> No
         assert person is not None
         _, lengths = np.unique(names_of(whole.train, person, "data.person"), return_counts=True)
         units = rounding_records(torch.from_numpy(lengths.astype(np.int64)), CHUNK)
-    check_sums(units, list(trainable.trained().values()))
+    check_sums(units, list(trainable.trained().values()), most)
 
 
 def check_disjoint(holder: HolderFile, records: Records) -> None:

@@ -113,7 +113,7 @@ def _check_trained(holder: HolderFile, records: Records, config: RunConfig, back
     trainable = make_trainable(config, backbone, make_task(config.task))
     whole = alone(config, records)  # what is looked at is how many there are: their features need not be there yet
     if not holder.limits.allow_seeded_noise:
-        check_rounding(whole, trainable.double(), config.privacy.person)
+        check_rounding(whole, trainable.double(), config.privacy.person, holder.limits.most_records)
 
 
 # ------------------------------------------------------------------------------------------------------------- the cost

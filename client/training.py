@@ -24,7 +24,7 @@ from fedhead.common.models.trainable import Trainable
 from fedhead.common.privacy.clipping import finite_records
 from fedhead.common.privacy.conditioning import check_weights
 from fedhead.common.privacy.events import Event, NoPrivacyEvent, event_of
-from fedhead.common.privacy.lattice import check_sums
+from fedhead.common.privacy.lattice import MOST_RECORDS, check_sums
 from fedhead.common.privacy.noise import Streams
 from fedhead.common.privacy.optimizers import PrivateOptimizer, add_pull, begin_round, make_optimizer
 from fedhead.common.privacy.sequences import rounding_records
@@ -106,13 +106,18 @@ class Trainer:
     task : Task
     path : str, optional
         Gradient path (`fedhead.client.paths`); default the quickest.
+    most_records : int, optional
+        A public number that a deployed holder's records are not more than; the fewer, the longer weights may be.
 
     Notes
     -----
     Optimizers and gradient paths are made once and start every round without memory of the last.
     """
 
-    def __init__(self, trainable: Trainable, task: Task, path: str | None = None) -> None:
+    def __init__(
+        self, trainable: Trainable, task: Task, path: str | None = None, most_records: int = MOST_RECORDS
+    ) -> None:
+        self.most_records = most_records
         self.trainable = trainable
         self.task = task
         self.path = make_path(trainable, task, path)
@@ -141,7 +146,7 @@ class Trainer:
         ------
         InputError
             The plan breaks a rule, features and targets differ in length, or the streams are a deployment's and the
-            sums are not in float64, or of more than 2^20 records, or the weights are of a size that can't be trained.
+            sums are not in float64, or of more than `most_records`, or the weights are of a size that can't be trained.
         RunError
             The streams are a deployment's and a sum is out of range: nothing of the round may leave.
 
@@ -161,7 +166,7 @@ class Trainer:
                 records = len(features)
                 if of_persons(targets):
                     records = rounding_records((targets >= 0).sum(1), plan.chunk)
-                check_sums(records, self.parameters)
+                check_sums(records, self.parameters, self.most_records)
             self._private(features, targets, plan, streams)
         return event
 
@@ -174,7 +179,7 @@ class Trainer:
             See `fedhead.common.privacy.conditioning.check_weights`.
         """
         linear = isinstance(self.path, ClosedForm) and self.trainable.normalize
-        check_weights(weights, clipping_norm, linear=linear, persons=persons)
+        check_weights(weights, clipping_norm, linear=linear, persons=persons, records=self.most_records)
 
     def optimizer_of(self, settings: Optimizer) -> PrivateOptimizer:
         """The private optimizer that rounds with these settings use; an audit attaches its step hook to it."""

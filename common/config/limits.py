@@ -114,6 +114,13 @@ class Limits(Table):
     least_records: int = Field(
         1, ge=1, description="Fewest records to take part with. Looked at by `check` and `join`, never within a run."
     )
+    most_records: int = Field(
+        2**17,
+        ge=1,
+        le=2**20,
+        description="Most records to take part with, in a deployment: a public number. Rounding is covered for so "
+        "many; the fewer, the longer the weights of a head may be. A person with several records counts as up to six.",
+    )
     release: ReleaseLimits = Field(
         default_factory=ReleaseLimits, description="What may leave besides the noised update."
     )

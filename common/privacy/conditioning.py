@@ -1,7 +1,8 @@
 """How far a unit's clipped gradient can move with the batch that it is computed in, and weights that keep that small.
 
 A matrix product may add up in another order where its shape is another, so that a new record changes the last bits of
-the others' gradients. `lattice.ETA` has room for 2^-31 C a record. For a linear head with cross-entropy on features of
+the others' gradients. `lattice.ETA` has room for 2^-11 C of that: for 2^-31 C a record of 2^20, and for more where a
+holder's own file promises fewer (limits.most_records). For a linear head with cross-entropy on features of
 length 1, in float64, what follows is proved; for anything else nothing is.
 
 Let D be the features, K the outputs, W the weights and the bias together, and u = 2^-53. Between two orders of the same
@@ -30,8 +31,10 @@ import torch
 from torch import Tensor
 
 from fedhead.common.errors import InputError
+from fedhead.common.privacy.lattice import MOST_RECORDS
 
-ROOM: Final = 2.0**-31  # in clipping norms a record; 2^20 records have 2^-11 together
+ALL: Final = 2.0**-11  # in clipping norms: what `lattice.ETA` has for all records together
+ROOM: Final = ALL / MOST_RECORDS  # for one of as many as there may be
 LONGEST_WEIGHTS: Final = 2.0**20  # in clipping norms; of heads for which nothing is proved
 
 _U: Final = 2.0**-53
@@ -58,9 +61,11 @@ def moved(length: float, features: int, outputs: int, clipping_norm: float, *, p
     return _U * (2.7 * (features + 8) * length + _fixed(features, outputs, clipping_norm, persons))
 
 
-def longest_weights(features: int, outputs: int, clipping_norm: float, *, persons: bool = False) -> float:
-    """The longest weights for which `moved` is within its room; below 0 where there are none."""
-    room = ROOM / _U * clipping_norm - _fixed(features, outputs, clipping_norm, persons)
+def longest_weights(
+    features: int, outputs: int, clipping_norm: float, *, persons: bool = False, records: int = MOST_RECORDS
+) -> float:
+    """The longest weights for which `moved` is within its room, of so many records at most; below 0 where none are."""
+    room = ALL / records / _U * clipping_norm - _fixed(features, outputs, clipping_norm, persons)
     return room / (2.7 * (features + 8))
 
 
@@ -71,7 +76,12 @@ def _fixed(features: int, outputs: int, clipping_norm: float, persons: bool) -> 
 
 
 def check_weights(
-    parameters: Sequence[Tensor], clipping_norm: float, *, linear: bool = False, persons: bool = False
+    parameters: Sequence[Tensor],
+    clipping_norm: float,
+    *,
+    linear: bool = False,
+    persons: bool = False,
+    records: int = MOST_RECORDS,
 ) -> None:
     """Refuse weights with which rounding, which depends on the rest of a batch, would show in gradients.
 
@@ -85,6 +95,8 @@ def check_weights(
         Whether it is a linear head with cross-entropy on features of length 1.
     persons : bool
         Whether the unit is a person.
+    records : int, from 1 to 2^20
+        A public number that records are not more than; `lattice.check_sums` holds them to it.
 
     Raises
     ------
@@ -93,13 +105,14 @@ def check_weights(
 
     Notes
     -----
-    Guarantee, for `linear`: `moved` is at most `ROOM` clipping norms, which `lattice.ETA` covers. For other heads
-    nothing is proved: their weights may be up to 2^20 clipping norms long, so that gradients are not mostly rounding.
+    Guarantee, for `linear`: `moved` is at most 2^-11 / records clipping norms, which `lattice.ETA` covers. For other
+    heads nothing is proved: their weights may be up to 2^20 clipping norms long, so that gradients are not mostly
+    rounding.
     """
     squares = sum(float(torch.linalg.vector_norm(p.detach())) ** 2 for p in parameters)
     if linear:
         outputs, features = parameters[0].shape
-        longest = longest_weights(features, outputs, clipping_norm, persons=persons)
+        longest = longest_weights(features, outputs, clipping_norm, persons=persons, records=records)
         if longest < 0:
             raise InputError(
                 f"clipping_norm is {clipping_norm!r}: at it, rounding in gradients of {outputs} outputs and {features} "
@@ -110,6 +123,6 @@ def check_weights(
     if not math.sqrt(squares) <= longest:  # NaN is not <=
         raise InputError(
             f"the head's weights are longer than {longest:.6g}, up to which rounding in gradients is covered "
-            f"at clipping norm {clipping_norm:g}. Start from smaller weights, or take a smaller "
-            "training.optimizer.learning_rate or a larger privacy.clipping_norm."
+            f"at clipping norm {clipping_norm:g}. Start from smaller weights, take a smaller "
+            "training.optimizer.learning_rate or a larger privacy.clipping_norm, or a smaller limits.most_records."
         )

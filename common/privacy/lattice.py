@@ -32,7 +32,8 @@ u = 2^-53. In shares of C, the rounded sums lie at most 1 + ETA apart (L2), beca
               fused or separate products count as one more rounding a term
     2^-14     the lattice: half a step a coordinate for each sum, sqrt(2^32) * 2^-30 C together
     2^-11     what is left, for records in both sets whose own gradients are computed a little differently because
-              their batches differ in shape: together at most 2^-11 C, that is 2^-31 C a record at 2^20 records
+              their batches differ in shape: together at most 2^-11 C, that is 2^-31 C a record at 2^20 records, and
+              more a record where fewer are promised
               (fedhead.common.privacy.conditioning)
 
 The last line is proved for linear heads with cross-entropy on features of length 1, with weights that are no longer
@@ -53,7 +54,7 @@ def sensitivity(clipping_norm: float) -> float:
     return clipping_norm * (1 + ETA)
 
 
-def check_sums(records: int, parameters: Sequence[Tensor]) -> None:
+def check_sums(records: int, parameters: Sequence[Tensor], most: int | None = None) -> None:
     """Refuse sums that ETA doesn't cover.
 
     Parameters
@@ -62,6 +63,8 @@ def check_sums(records: int, parameters: Sequence[Tensor]) -> None:
         N, the true count; it is in no message.
     parameters : sequence of Tensor
         What is trained; gradients have the same dtype.
+    most : int, optional
+        Most records that the holder's file promises, a public number; default and most: `MOST_RECORDS`.
 
     Raises
     ------
@@ -78,9 +81,11 @@ def check_sums(records: int, parameters: Sequence[Tensor]) -> None:
         raise InputError(
             f"model.head trains more than {MOST_COORDINATES} numbers: rounding in such sums is not covered. Train less."
         )
-    if records > MOST_RECORDS:
+    most = MOST_RECORDS if most is None else min(most, MOST_RECORDS)
+    if records > most:
         raise InputError(
-            f"data.source has more than {MOST_RECORDS} records: rounding in sums of more is not covered. Use a part."
+            f"data.source has more than {most} records: rounding in sums of more is not covered. Use a part, or a "
+            f"larger limits.most_records, up to {MOST_RECORDS}."
         )
 
 

@@ -72,13 +72,19 @@ def test_heads_whose_bound_is_not_proved_need_the_holders_word(deployed, change,
     assert own.model == changed(holder.config, change).model.model_copy(update={"features": own.model.features})
 
 
-def test_weights_beyond_the_proved_bound_are_refused_and_cost_nothing(deployed):
-    """10 labels, 64 features and C = 0.3: proved for ||W|| up to about 6,470; 2^20 C is 50 times that."""
-    holder = deployed()
-    refused = holder.ask(head=torch.full((10, 64), 260.0))
+@pytest.mark.parametrize(("limits", "times"), [("most_records = 1048576", 1), ("", 8), ("most_records = 2000", 524)])
+def test_weights_beyond_the_proved_bound_are_refused_and_cost_nothing(deployed, limits, times):
+    """10 labels, 64 features and C = 0.3: of 2^20 records proved for ||W|| up to about 6,470, of fewer for more."""
+    holder = deployed(limits=limits)
+    refused = holder.ask(head=torch.full((10, 64), 260.0 * times))
     assert holder.code_of(refused) == refusals.INVALID_REQUEST
     assert holder.spent() == 0
-    assert not holder.ask(head=torch.full((10, 64), 250.0)).has_error()
+    assert not holder.ask(head=torch.full((10, 64), 250.0 * times)).has_error()
+
+
+def test_more_records_than_were_promised_are_no_holder(deployed):
+    holder = deployed(limits="most_records = 1000")
+    assert holder.code_of(holder.ask()) == refusals.NOT_READY
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,12 @@ def test_what_a_request_may_ask_for_is_shown(here):
     assert "limits.heads has mlp" in heads.text
 
 
+def test_more_records_than_were_promised_are_a_remedy(here):
+    change(here, "[limits]", "[limits]\nmost_records = 39")
+    (most,) = found(here, "most records")
+    assert (most.state, most.text) == ("remedy", "there are 40 records, and limits.most_records is 39")
+
+
 def test_json_is_one_object_and_the_status_is_the_same(fedhead, here):
     status, out, _ = fedhead("check", "holder.toml", "--json")
     report = json.loads(out)

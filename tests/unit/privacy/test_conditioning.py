@@ -57,3 +57,21 @@ def test_other_heads_keep_the_coarse_limit():
     for wrong in (half * 1.001, half * 1e10, half * math.nan, half * math.inf, half * 1e200):
         with pytest.raises(InputError, match=WORSE):
             check_weights([half, wrong], 0.7)
+
+
+@pytest.mark.parametrize("persons", [False, True])
+def test_fewer_records_leave_room_for_longer_weights(persons):
+    """What all records have together stays the same: 2^-11 clipping norms."""
+    for records in (1, 2**10, 2**17, 2**20):
+        limit = longest_weights(300, 7, 0.4, persons=persons, records=records)
+        assert records * moved(limit, 300, 7, 0.4, persons=persons) == pytest.approx(2.0**-11 * 0.4, rel=1e-12)
+        weight = torch.zeros(7, 300, dtype=torch.float64)
+        weight[0, 0] = limit * (1 - 1e-9)
+        check_weights([weight], 0.4, linear=True, persons=persons, records=records)
+        with pytest.raises(InputError, match=r"limits\.most_records"):
+            check_weights([weight * (1 + 1e-6)], 0.4, linear=True, persons=persons, records=records)
+
+
+def test_the_weights_of_the_built_in_recipes_fit():
+    """Noise makes weights long: 198 in `digits`, with 1,280 features and ten labels at epsilon 3."""
+    assert longest_weights(1280, 10, 0.3, records=2**17) > 10 * 198

@@ -210,6 +210,29 @@ def event_of(
     raise InputError(f"mechanism is {mechanism!r}: it must be full-batch, poisson or none. Choose one.")
 
 
+def from_row(row: Mapping[str, Any]) -> Event:
+    """An event of result.json that costs what the one of `to_row` does.
+
+    Parameters
+    ----------
+    row : mapping
+        As `to_row` gives it.
+
+    Raises
+    ------
+    InputError
+        A number breaks a rule.
+
+    Notes
+    -----
+    A row of a count has no sensitivity. Guarantee: its noise multiplier is in sensitivities, so that it costs what a
+    full-batch step of that noise does, which is what comes back.
+    """
+    kind = "full-batch" if row["mechanism"] == CountEvent.mechanism else row["mechanism"]
+    return event_of(kind, row.get("noise_multiplier") or 0.0, row.get("clipping_norm") or 1.0, row["steps"],
+                    row.get("sample_rate"))  # fmt: skip
+
+
 def read_object(text: str, what: str) -> dict[str, Any]:
     """The fields of a stored JSON object of this module's schema, which is taken out; InputError for anything else."""
     try:

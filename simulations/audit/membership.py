@@ -33,7 +33,7 @@ from fedhead.common.planned import most_participations, planned_noise
 from fedhead.common.preparation import make_trainable
 from fedhead.common.privacy.accounting import rows_of
 from fedhead.common.privacy.audit.curves import claimed_curve
-from fedhead.common.privacy.events import event_of
+from fedhead.common.privacy.events import from_row
 from fedhead.common.results import Result
 from fedhead.common.tasks import make_task
 from fedhead.server.desk import declared_records
@@ -251,14 +251,7 @@ def _claim(results: Sequence[Result]) -> tuple[dict[str, float] | None, Callable
     most = max((row for result in results for row in result.privacy), key=lambda row: row["epsilon"], default=None)
     if most is None or not math.isfinite(most["epsilon"]):
         return None, None, [*notes, "Nothing bounds this attack: without privacy there is no ceiling."]
-    events = [
-        # a count costs what a full-batch step of its noise does
-        event_of(
-            "full-batch" if row["mechanism"] == "count" else row["mechanism"], row.get("noise_multiplier") or 0.0, 1.0,
-            row["steps"], row.get("sample_rate"),
-        )
-        for row in most["events"]
-    ]  # fmt: skip
+    events = [from_row(row) for row in most["events"]]
     curve = claimed_curve(rows_of(events))
     claim = {"epsilon": most["epsilon"], "delta": most["delta"]}
     return claim, lambda fpr: 1 - curve(fpr), [*notes, CEILING_NOTE]

@@ -12,7 +12,7 @@ from fedhead.common.config import RunConfig, builtin_recipes, find_recipe, make_
 from fedhead.common.errors import InputError
 from fedhead.common.privacy.audit.findings import Check
 from fedhead.common.privacy.audit.recount import agree, pld_epsilon, rows_of
-from fedhead.common.privacy.events import NoPrivacyEvent, event_of
+from fedhead.common.privacy.events import NoPrivacyEvent, from_row
 from fedhead.common.results import Result
 from fedhead.simulations.audit.ledgers import audit_ledgers
 from fedhead.simulations.audit.mechanism import NotAudited, audit_mechanism, check_seed
@@ -140,14 +140,7 @@ def _rows(ledger: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
 
 def _counted(spend: Mapping[str, Any]) -> bool:
     """Whether a result's epsilon is at least what a second accountant makes of its events, up to rounding."""
-    events = [
-        event_of(
-            # a count costs what a full-batch step of its noise does
-            "full-batch" if row["mechanism"] == "count" else row["mechanism"], row.get("noise_multiplier") or 0.0, 1.0,
-            row["steps"], row.get("sample_rate"),
-        )
-        for row in spend["events"]
-    ]  # fmt: skip
+    events = [from_row(row) for row in spend["events"]]
     if any(isinstance(event, NoPrivacyEvent) for event in events):
         return math.isinf(spend["epsilon"])
     found = pld_epsilon(rows_of(events), spend["delta"])

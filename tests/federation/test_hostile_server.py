@@ -91,11 +91,7 @@ def test_more_records_than_were_promised_are_no_holder(deployed):
     ("limits", "changes", "code"),
     [
         ("noise_multiplier_min = 25.0", {}, refusals.LITTLE_NOISE),
-        ("clipping_norm_max = 0.2", {}, refusals.LARGE_CLIPPING_NORM),
-        ('units = ["holder"]', {}, refusals.OTHER_UNIT),
-        ('tasks = ["segmentation"]', {}, refusals.OTHER_TASK),
         (f'backbones = ["sha256:{"0" * 64}"]', {}, refusals.OTHER_BACKBONE),
-        ("", {"mechanism": "none", "noise_multiplier": 0.0}, refusals.NO_PRIVACY),
         ("", {"metrics_noise": 20.0}, refusals.NO_METRICS),
     ],
 )

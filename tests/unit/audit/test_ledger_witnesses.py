@@ -174,10 +174,15 @@ def test_domains_add_up_unless_they_are_disjoint(tmp_path):
         assert len(together["domains"]) == parts
 
 
-def test_units_are_never_mixed(tmp_path):
-    with Ledger(tmp_path / "ledger.sqlite") as opened:
+def two_units(folder, domain, unit):
+    """A ledger of a round for records, and of one in another run, domain and unit."""
+    with Ledger(folder / "ledger.sqlite") as opened:
         give(opened, want(0))
-        give(opened, want(0, domain="other", run="second", unit="person"))
+        give(opened, want(0, domain=domain, run="second", unit=unit))
+
+
+def test_units_are_never_mixed(tmp_path):
+    two_units(tmp_path, "other", "person")
     found = audit_ledgers([tmp_path])
     assert passed(found)
     assert found["across"] == {"disjoint": None, "same-people": None}
@@ -199,9 +204,7 @@ def test_a_domain_that_mixes_units_leaves_no_figure_out(tmp_path):
 
 
 def test_what_the_server_noised_stands_apart(tmp_path):
-    with Ledger(tmp_path / "ledger.sqlite") as opened:
-        give(opened, want(0))
-        give(opened, want(0, run="second", domain="notes.holder-unit", unit="holder"))
+    two_units(tmp_path, "notes.holder-unit", "holder")
     found = audit_ledgers([tmp_path])
     assert passed(found)
     assert found["across"]["disjoint"]["epsilon"] == pytest.approx(gdp_epsilon(math.sqrt(2 / 30**2), 1e-5), rel=1e-3)

@@ -77,41 +77,6 @@ def test_all_is_well(fedhead, here):
     assert fedhead("check", "holder.toml")[1] == out
 
 
-def test_what_a_request_may_ask_for_is_shown(here):
-    (shown,) = found(here, "requests")
-    assert (shown.state, shown.text) == (
-        "ok",
-        "unit person; head linear; any task; any backbone; any clipping norm; any noise that the budget pays for; no "
-        "limit for one run; no metrics leave; no code of its own",
-    )
-    assert not found(here, "heads")
-    change(here, "delta = 1e-6", "delta = 1e-6\nper_run = { epsilon = 1.5 }")
-    change(
-        here, "[limits]", f"""[limits]
-        heads = ["linear", "mlp"]
-        tasks = ["classification"]
-        backbones = ["sha256:{"a" * 64}"]
-        clipping_norm_max = 0.5
-        noise_multiplier_min = 4.0
-        modules = ["torch.nn:Identity"]
-        release = {{ metrics = true }}""",
-    )  # fmt: skip
-    (shown,) = found(here, "requests")
-    assert shown.text == (
-        "unit person; head linear or mlp; task classification; one of 1 backbone; clipping norm at most 0.5; noise "
-        "multiplier at least 4; a run at most epsilon 1.5; noised counts may leave; code: torch.nn:Identity"
-    )
-    (heads,) = found(here, "heads")
-    assert heads.state == "warning"
-    assert "limits.heads has mlp" in heads.text
-
-
-def test_more_records_than_were_promised_are_a_remedy(here):
-    change(here, "[limits]", "[limits]\nmost_records = 39")
-    (most,) = found(here, "most records")
-    assert (most.state, most.text) == ("remedy", "there are 40 records, and limits.most_records is 39")
-
-
 def test_json_is_one_object_and_the_status_is_the_same(fedhead, here):
     status, out, _ = fedhead("check", "holder.toml", "--json")
     report = json.loads(out)

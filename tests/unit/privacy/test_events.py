@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhead.common.errors import InputError
-from fedhead.common.privacy.events import EVENTS, CountEvent, GaussianEvent, NoPrivacyEvent, PoissonEvent, from_json
+from fedhead.common.privacy.events import (
+    EVENTS,
+    CountEvent,
+    GaussianEvent,
+    NoPrivacyEvent,
+    PoissonEvent,
+    from_json,
+    from_row,
+)
 
 HUGE = pytest.param(10**5000, id="huge")  # more digits than Python prints
 LONG = pytest.param("1" * 10**6, id="long")
@@ -137,3 +145,18 @@ def test_row_of_the_result():
         2,
         None,
     )
+
+
+@given(ANY, st.integers(1, 10**6))
+def test_a_row_reads_back_as_what_costs_the_same(event, number):
+    back = from_row(json.loads(json.dumps(event.to_row(number))))
+    if isinstance(event, CountEvent):  # a row does not say of how much each count may change
+        assert back == GaussianEvent(event.noise_multiplier, 1.0, event.steps)
+    else:
+        assert back == event
+
+
+@pytest.mark.parametrize(("field", "value"), [("noise_multiplier", -1.0), ("steps", 0), ("mechanism", "laplace")])
+def test_a_row_that_breaks_a_rule_is_refused(field, value):
+    with pytest.raises(InputError, match=rf"^(event\.)?{field} is "):
+        from_row({**GaussianEvent(1.5, 0.5, 4).to_row(1), field: value})

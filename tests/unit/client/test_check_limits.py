@@ -1,0 +1,71 @@
+"""`fedhead check`: what of the limits is shown, and what is a remedy."""
+
+import pytest
+
+from fedhead.client.checking import check_holder
+
+HOLDER = """
+name = "st-mary"
+[data]
+source = "csv:notes.csv"
+columns = { text = "note", label = "code" }
+person = "patient"
+[budget]
+epsilon = 4.0
+delta = 1e-6
+[limits]
+units = ["person"]
+"""
+
+
+@pytest.fixture
+def here(tmp_path):
+    rows = [f"note {i},{'ab'[i % 2]},p{i}" for i in range(40)]
+    (tmp_path / "notes.csv").write_text("note,code,patient\n" + "\n".join(rows) + "\n")
+    (tmp_path / "holder.toml").write_text(HOLDER)
+    return tmp_path
+
+
+def change(here, old, new):
+    text = (here / "holder.toml").read_text()
+    assert old in text
+    (here / "holder.toml").write_text(text.replace(old, new))
+
+
+def found(here, name):
+    return [finding for finding in check_holder(here / "holder.toml").findings if finding.name == name]
+
+
+def test_what_a_request_may_ask_for_is_shown(here):
+    (shown,) = found(here, "requests")
+    assert (shown.state, shown.text) == (
+        "ok",
+        "unit person; head linear; any task; any backbone; any clipping norm; any noise that the budget pays for; no "
+        "limit for one run; no metrics leave; no code of its own",
+    )
+    assert not found(here, "heads")
+    change(here, "delta = 1e-6", "delta = 1e-6\nper_run = { epsilon = 1.5 }")
+    change(
+        here, "[limits]", f"""[limits]
+        heads = ["linear", "mlp"]
+        tasks = ["classification"]
+        backbones = ["sha256:{"a" * 64}"]
+        clipping_norm_max = 0.5
+        noise_multiplier_min = 4.0
+        modules = ["torch.nn:Identity"]
+        release = {{ metrics = true }}""",
+    )  # fmt: skip
+    (shown,) = found(here, "requests")
+    assert shown.text == (
+        "unit person; head linear or mlp; task classification; one of 1 backbone; clipping norm at most 0.5; noise "
+        "multiplier at least 4; a run at most epsilon 1.5; noised counts may leave; code: torch.nn:Identity"
+    )
+    (heads,) = found(here, "heads")
+    assert heads.state == "warning"
+    assert "limits.heads has mlp" in heads.text
+
+
+def test_more_records_than_were_promised_are_a_remedy(here):
+    change(here, "[limits]", "[limits]\nmost_records = 39")
+    (most,) = found(here, "most records")
+    assert (most.state, most.text) == ("remedy", "there are 40 records, and limits.most_records is 39")

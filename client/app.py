@@ -39,7 +39,6 @@ from fedhead.common.refusals import (
     OTHER_MODEL,
     STALE_ROUND,
     TRAINING_FAILED,
-    WITH_MARK,
     refusal,
 )
 
@@ -58,14 +57,16 @@ app = ClientApp()
 def hello(message: Message, context: Context) -> Message:
     """Say which holder this is, once its records are open and their features are there."""
     arrived = time.monotonic()
-    if _deployed(context) and over(message):  # before records are opened, which may take long
-        return protocol.refuse(message, refusal(STALE_ROUND), "")
+    deployed = _deployed(context)
+    if deployed and over(message):  # before records are opened, which may take long
+        return protocol.refuse(message, refusal(STALE_ROUND), "", _mark(context))
     try:
         workplace, name, _ = workplace_of(context)
     except Exception as fault:  # the boundary: an exception's own text may hold private data
         return _not_ready(message, context, arrived, fault)
+    mark = workplace.admission.mark(name) if deployed else None
     _pad(workplace.admission.limits, context, arrived)
-    return protocol.hello(message, name)
+    return protocol.hello(message, name, mark)
 
 
 @app.train()
@@ -74,7 +75,7 @@ def train(message: Message, context: Context) -> Message:
     arrived = time.monotonic()
     deployed = _deployed(context)
     if deployed and over(message):  # as above
-        return protocol.refuse(message, refusal(STALE_ROUND), "")
+        return protocol.refuse(message, refusal(STALE_ROUND), "", _mark(context))
     try:
         if deployed and not is_open(context):
             _look_first(message, context)
@@ -85,8 +86,7 @@ def train(message: Message, context: Context) -> Message:
     _pad(workplace.admission.limits, context, arrived)
     # a reply carries when it was made: it is made after the wait, whose length says how long the work took
     if isinstance(outcome, Refused):
-        mark = workplace.admission.mark(name) if deployed and outcome.code in WITH_MARK else None
-        return protocol.refuse(message, outcome, name, mark)
+        return protocol.refuse(message, outcome, name, workplace.admission.mark(name) if deployed else None)
     return protocol.release(message, *outcome)
 
 
@@ -142,13 +142,23 @@ def _not_ready(message: Message, context: Context, arrived: float, fault: Except
         log.error("the holder can't be opened: %s", fault)
     else:
         log.error("the holder can't be opened", exc_info=fault)
-    own = context.node_config.get("holder")
+    mark, own = _mark(context), context.node_config.get("holder")
     if own:  # how far opening came, and how long that took, depends on the records
         with suppress(FedheadError):
             holder = load_holder(str(own))
             name = holder.name if isinstance(fault, Refused) else ""
             _pad(holder.limits, context, arrived)
-    return protocol.refuse(message, refused, name)
+    return protocol.refuse(message, refused, name, mark)
+
+
+def _mark(context: Context) -> Mark | None:
+    """Where a deployed holder's ledger stands, its records open or not; None where nothing can be read."""
+    from fedhead.client.deployed import mark_of
+
+    with suppress(FedheadError):
+        if _deployed(context):
+            return mark_of(load_holder(str(context.node_config["holder"])))
+    return None
 
 
 def expect(messages: Sequence[tuple[Message, Context]]) -> None:

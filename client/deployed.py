@@ -37,7 +37,7 @@ from fedhead.common.models.backbones import Backbone, load_backbone
 from fedhead.common.models.trainable import Trainable
 from fedhead.common.preparation import Split, check_kind, featurize, load_backbone_for, make_trainable
 from fedhead.common.privacy.lattice import check_sums
-from fedhead.common.privacy.ledger import Ledger, LedgerError
+from fedhead.common.privacy.ledger import Ledger, LedgerError, Mark
 from fedhead.common.privacy.sequences import rounding_records
 from fedhead.common.protocol import RoundRequest
 from fedhead.common.refusals import OTHER_BACKBONE, refusal
@@ -151,6 +151,14 @@ def check_ledger(holder: HolderFile) -> None:
             f'ledger {holder.ledger} is of "{others[0]}": a holder keeps its name, because its budget goes with it. '
             f'Set name = "{others[0]}".'
         )
+
+
+def mark_of(holder: HolderFile) -> Mark | None:
+    """Where the ledger of a holder stands whose records are not open; None where it has no row or can't be read."""
+    with suppress(LedgerError), Ledger(holder.ledger, create=False, read_only=True) as ledger:
+        mark = ledger.end(holder.name)
+        return mark if mark.sequence else None
+    return None
 
 
 def open_ledger(holder: HolderFile) -> Ledger:

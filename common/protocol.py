@@ -255,7 +255,7 @@ def unpack(data: bytes) -> RecordDict:
 
 
 def refuse(message: Message, refused: Refused, holder: str, mark: Mark | None = None) -> Message:
-    """The reply of a holder that refuses: code and fixed text, and where its ledger stands if that was asked."""
+    """The reply of a holder that refuses: code and fixed text, and where its ledger stands."""
     said: dict[str, str | int] = {"holder": holder, "text": str(refused)}
     if mark is not None:
         said.update(mark._asdict())
@@ -331,9 +331,9 @@ def set_weight(message: Message, weight: int) -> None:
     message.content[METRICS] = MetricRecord({WEIGHT: weight})
 
 
-def hello(message: Message, holder: str) -> Message:
-    """The reply to the first query of a run: who is there."""
-    return Message(RecordDict({RELEASE: ConfigRecord({"holder": holder})}), reply_to=message)
+def hello(message: Message, holder: str, mark: Mark | None = None) -> Message:
+    """The reply to the first query of a run: who is there, and where its ledger stands."""
+    return release(message, RecordDict({RELEASE: ConfigRecord({"holder": holder})}), mark)
 
 
 def payload_bytes(content: RecordDict) -> int:

@@ -52,9 +52,6 @@ UNSPENT = frozenset(TEXTS) - {NO_LEDGER, TRAINING_FAILED, STALE_ROUND, CHANGED_R
 """Codes of a round that nothing was ever charged for. Training fails after the charge, a ledger may, and a round that
 is over, or was asked otherwise, was charged then."""
 
-WITH_MARK = frozenset({BEYOND_BUDGET, BEYOND_RUN, BEYOND_PLAN, CHANGED_ROUND, TRAINING_FAILED})
-"""Codes that come after the ledger was asked: their replies say where it stands, as a release does."""
-
 
 def refusal(code: int) -> Refused:
     """A refusal with its fixed text."""

@@ -24,7 +24,9 @@ from flwr.serverapp import Grid
 
 from fedhead.common import progress, protocol
 from fedhead.common.errors import RunError
+from fedhead.common.privacy.ledger import Mark
 from fedhead.common.refusals import TEXTS
+from fedhead.server.marks import newest
 
 log = logging.getLogger("fedhead.server")
 
@@ -41,6 +43,9 @@ class Roster(Protocol):
 
     def missed(self, names: Collection[str]) -> None:
         """These did not answer a round in time."""
+
+    def marks(self) -> Mapping[str, Mark]:
+        """Holder -> where its ledger stands, as its answers outside of rounds said."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,10 @@ class Everybody:
 
     def missed(self, names: Collection[str]) -> None:
         """Ask them again all the same."""
+
+    def marks(self) -> Mapping[str, Mark]:
+        """None: what is spent in a simulation is spent in its own ledger."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,11 @@ class Callers:
         self._later: dict[int, float] = {}  # node -> when to greet it again
         self._slow: set[int] = set()  # nodes whose greeting was void before they answered: not waited for again
         self._begun = False
+        self._marks: dict[str, Mark] = {}
+
+    def marks(self) -> Mapping[str, Mark]:
+        """Holder -> where its ledger stands, as its answers to greetings said."""
+        return self._marks
 
     def names(self) -> list[str]:
         """Holders that are present, sorted."""
@@ -193,6 +207,9 @@ class Callers:
                 self._slow.add(node)
                 self._later[node] = time.monotonic() + LOST_SECONDS
                 continue
+            mark = protocol.read_mark(reply)
+            if mark is not None:
+                self._marks = newest(self._marks, {name: mark})
             text = _fault(reply, name)
             if text:
                 if self.turned_away.get(name) != text:

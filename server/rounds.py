@@ -154,6 +154,7 @@ class _InRounds(FedAvg):
         """Ask the round's cohort, in the order of the holders' names."""
         server_round += self.rounds.done
         self._nodes = self.rounds.roster.present(self.rounds.cohorts.of_round(server_round))
+        self.rounds.marks = newest(self.rounds.marks, self.rounds.roster.marks())
         self._started, self._sent = time.perf_counter(), arrays  # waiting for holders is no training
         names = sorted(self._nodes)
         order = {self._nodes[name]: i for i, name in enumerate(names)}

@@ -12,7 +12,7 @@ from fedhead.client.training import Trainer
 from fedhead.common import protocol, refusals
 from fedhead.common.config import changed
 from fedhead.common.features import FeatureSet
-from fedhead.common.privacy.ledger import Ledger, Mark
+from fedhead.common.privacy.ledger import GENESIS, Ledger, Mark
 from fedhead.common.privacy.secure import SOURCES, choose_source
 
 
@@ -140,8 +140,56 @@ def test_what_goes_beyond_the_limits_is_refused_before_any_record_is_read(deploy
     monkeypatch.setattr(FeatureSet, "batch", touched)
     reply = holder.ask(round=2, **changes)
     assert holder.code_of(reply) == code
-    assert (protocol.read_mark(reply) is not None) == (code == refusals.BEYOND_BUDGET)  # only that asked the ledger
+    with Ledger(holder.ledger) as ledger:
+        assert protocol.read_mark(reply) == ledger.mark("st-mary") == Mark(1, ledger.mark("st-mary").hash)  # the budget
     assert holder.spent() == 0
+
+
+def test_every_reply_says_where_the_ledger_stands(deployed):
+    holder = deployed()
+    with_budget = protocol.read_mark(holder.hello())
+    assert with_budget.sequence == 1
+    assert not holder.ask().has_error()
+    with Ledger(holder.ledger) as ledger:
+        end = ledger.mark("st-mary")
+        assert ledger.has("st-mary", with_budget)
+        assert end.sequence > 1
+        assert ledger.end("st-mary") == end
+        assert (ledger.end("st-jude"), ledger.mark("st-jude")) == (Mark(0, GENESIS),) * 2
+    assert protocol.read_mark(holder.hello()) == end
+    for changes in ({"round": 1, "learning_rate": 9.0}, {"backbone": "0" * 64}, {"round": 2, "noise_multiplier": 0.0}):
+        assert protocol.read_mark(holder.ask(**changes)) == end
+    late = holder.message(holder.request(round=2))
+    late.metadata.created_at -= 2 * late.metadata.ttl
+    assert holder.code_of(holder.send(late)) == refusals.STALE_ROUND
+    assert protocol.read_mark(holder.send(late)) == end
+
+
+def test_before_records_are_open_the_mark_is_that_of_the_file(deployed):
+    holder = deployed(limits="noise_multiplier_min = 25.0")
+    first = holder.ask()
+    assert (holder.code_of(first), protocol.read_mark(first)) == (refusals.LITTLE_NOISE, None)
+    assert not holder.ledger.exists()
+    assert not holder.ask(noise_multiplier=25.0).has_error()
+    with Ledger(holder.ledger) as ledger:
+        end = ledger.mark("st-mary")
+    holder.restart()
+    assert protocol.read_mark(holder.ask(round=2)) == end
+    holder.file.write_text(holder.file.read_text().replace("sklearn:digits", "csv:gone.csv"))
+    for closed in (holder.hello(), holder.ask(noise_multiplier=25.0, round=2)):
+        assert (holder.code_of(closed), protocol.read_mark(closed)) == (refusals.NOT_READY, end)
+
+
+def test_a_mark_that_can_not_be_read_is_left_out(deployed):
+    holder = deployed()
+    assert not holder.ask().has_error()
+    holder.restart()
+    holder.ledger.unlink()
+    gone = holder.hello()
+    assert (holder.code_of(gone), protocol.read_mark(gone)) == (refusals.NO_LEDGER, None)
+    holder.file.write_text("name = ")
+    broken = holder.hello()
+    assert (holder.code_of(broken), protocol.read_mark(broken)) == (refusals.NOT_READY, None)
 
 
 def test_an_older_copy_of_the_ledger_is_noticed(deployed, tmp_path):

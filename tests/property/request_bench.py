@@ -127,9 +127,7 @@ class Bench:
         assert self.early == []  # no noise was drawn before its charge was in the file
         if reply.has_error():
             code = reply.error.code
-            said = {"holder": HOLDER, "text": TEXTS[code]}
-            if code in refusals.WITH_MARK:
-                said.update(self.ledger.mark(HOLDER)._asdict())
+            said = {"holder": HOLDER, "text": TEXTS[code], **self.ledger.mark(HOLDER)._asdict()}
             assert reply.error.reason == json.dumps(said)
             if code == refusals.TRAINING_FAILED:  # a round that was charged, and no other fault of ours
                 assert [entry.kind for entry in new if entry.of is None] == ["reserve"]

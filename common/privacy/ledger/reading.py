@@ -12,7 +12,7 @@ from typing import Final
 from fedhead.common.failpoints import reach
 from fedhead.common.privacy.accounting import Spent
 from fedhead.common.privacy.filters import Left, Terms, Totals, least, left, spent
-from fedhead.common.privacy.ledger.chain import Entry, LedgerError, digest_of
+from fedhead.common.privacy.ledger.chain import GENESIS, Entry, LedgerError, Mark, digest_of
 from fedhead.common.privacy.ledger.files import damaged, failures, fill, sync_folder
 from fedhead.common.privacy.ledger.state import Domain, State
 
@@ -131,6 +131,12 @@ def replay(connection: sqlite3.Connection, path: Path, state: State) -> int:
     if end != (tuple(state.mark) if state.sequence else None) or beyond is not None:
         raise damaged(path, f"the chain of {state.holder} does not end where it should: rows are missing")
     return state.sequence - before
+
+
+def end(connection: sqlite3.Connection, holder: str) -> Mark:
+    """Where a holder's chain ends, as the file says it."""
+    found = connection.execute("SELECT sequence, hash FROM heads WHERE holder = ?", (holder,)).fetchone()
+    return Mark(0, GENESIS) if found is None else Mark(*found)
 
 
 def holders(connection: sqlite3.Connection) -> list[str]:

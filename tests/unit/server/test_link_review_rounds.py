@@ -26,7 +26,10 @@ EVENT = GaussianEvent(1.0, 1.0, 1).to_json()
 
 class Roster:
     def __init__(self, there):
-        self.there, self.gone = there, []
+        self.there, self.gone, self.told = there, [], {}
+
+    def marks(self):
+        return self.told
 
     def present(self, wanted):
         return {name: NODES[name] for name in wanted if name in self.there}
@@ -44,12 +47,13 @@ def request(number, **changes):
     return RoundRequest(**{**settings, **changes})
 
 
-def held(answers, *, there=tuple(NODES), least=1, done=0, again=None, rounds=1, marks=(), **changes):
+def held(answers, *, there=tuple(NODES), least=1, done=0, again=None, rounds=1, marks=(), told=None, **changes):
     """Hold rounds with these answers, name -> function of the message; gives the rounds."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
     found = Rounds(Cohorts(list(NODES), 3, 0), Roster(there), lambda number: request(number, **changes), LIKE)
     found.least, found.deadline, found.done, found.again = least, 60.0, done, again
     found.marks.update(marks)
+    found.roster.told = told or {}
     strategy = around(FedAvg, {}, found)
     for number in range(1, rounds + 1):
         messages = strategy.configure_train(number, protocol.to_arrays(LIKE), None, SimpleNamespace())
@@ -156,6 +160,19 @@ def test_an_older_mark_does_not_replace_a_newer_one():
     assert held(older, marks=seen).marks == seen
     newer = {**GOOD, "north": released("north", mark=Mark(9, "c" * 64))}
     assert held(newer, marks=seen).marks == {"north": Mark(9, "c" * 64)}
+
+
+def test_a_mark_of_a_greeting_goes_with_the_next_request():
+    told, asked = Mark(9, "c" * 64), []
+
+    def north(message):
+        asked.append(protocol.read_request(message).seen)
+        return GOOD["north"](message)
+
+    seen = {"north": Mark(7, "a" * 64), "south": Mark(2, "b" * 64)}
+    found = held({**GOOD, "north": north}, marks=seen, told={"north": told, "south": Mark(1, "d" * 64)})
+    assert asked == [told]
+    assert found.marks == {"north": told, "south": seen["south"]}
 
 
 def test_other_sampling_than_was_asked_for_has_no_bound():

@@ -8,6 +8,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedhead.common import progress, protocol
 from fedhead.common.errors import RunError
+from fedhead.common.privacy.ledger import Mark
 from fedhead.common.refusals import NOT_READY, refusal
 from fedhead.server import roster as module
 from fedhead.server.roster import Callers, Everybody, Registered
@@ -24,6 +25,7 @@ class Link:
         self.mute: set[str] = set()
         self.refusing: set[str] = set()
         self.called: dict[str, str] = {}
+        self.ledgers: dict[str, Mark] = {}
         clock = SimpleNamespace(monotonic=lambda: self.now, sleep=self._sleep)
         monkeypatch.setattr(module, "time", clock)
 
@@ -57,9 +59,9 @@ class Link:
                 continue
             self.answers[one] = True
             if name in self.refusing:
-                reply = protocol.refuse(message, refusal(NOT_READY), "")
+                reply = protocol.refuse(message, refusal(NOT_READY), "", self.ledgers.get(name))
             else:
-                reply = protocol.hello(message, self.called.get(name, name))
+                reply = protocol.hello(message, self.called.get(name, name), self.ledgers.get(name))
             found.append(reply)
         return found
 
@@ -214,3 +216,17 @@ def test_the_bar_of_holders_is_full_when_the_run_begins(link):
         seen = len(told)
         ours.present(["north", "south"])
     assert len(told) == seen  # nobody is waited for in later rounds
+
+
+def test_where_a_ledger_stands_is_kept_from_every_answer(link, monkeypatch):
+    north, older, south = Mark(9, "a" * 64), Mark(7, "b" * 64), Mark(4, "c" * 64)
+    link.ledgers = {"north": north, "south": south}
+    link.refusing = {"south"}
+    roster = callers(link, least=1)
+    roster.present(["north", "south"])
+    assert roster.marks() == {"north": north, "south": south}
+    link.ledgers = {"north": older}
+    roster.missed(["north"])
+    roster.present(["north"])
+    assert roster.marks() == {"north": north, "south": south}  # what was seen is not forgotten for an older one
+    assert Everybody(NODES).marks() == {}

@@ -3,7 +3,8 @@
 Deployment: one holder, one reserve and one release of a 20 kB reply a round; CPU time of the process, and beside it the
 time with what the two fsyncs keep it waiting. Simulation: one transaction a round for all holders, which reserves it
 and marks the last round released, with its fsync and without. Audit: `verify` of 10,000 events, each reserved and
-released. Medians, so that a busy machine counts less.
+released. Medians, so that a busy machine counts less; and the yardstick of yardstick.py, taken before, between and
+after, to scale them by.
 
     python benchmarks/ledger.py
 """
@@ -14,7 +15,11 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
+from yardstick import PLAIN_STEPS, QUIET_US, yardstick
 
 from fedhead.common.privacy.events import GaussianEvent
 from fedhead.common.privacy.filters import Terms
@@ -65,6 +70,17 @@ def simulation(folder: Path, holders: int, rounds: int, synchronous: str) -> flo
     return 1e3 * statistics.median(cpu) / holders
 
 
+def simulations(folder: Path, steps: Callable[[int], None], speed: list[float]) -> dict[str, dict[str, float]]:
+    """`simulation` for 10, 100 and 1,000 holders, with fsync and without; the yardstick is taken after each."""
+    found: dict[str, dict[str, float]] = {}
+    for what, synchronous in (("", "FULL"), ("_beyond_fsync", "OFF")):
+        row = found[f"simulation_cpu_ms_a_holder_and_round{what}"] = {}
+        for holders in (10, 100, 1000):
+            row[str(holders)] = round(simulation(folder, holders, 40, synchronous), 4)
+            speed += step_us(steps)
+    return found
+
+
 def audit(folder: Path, events: int) -> tuple[float, float, float]:
     """Seconds to verify a ledger, to open it and read its summary, and to audit it (`fedhead audit ledger`)."""
     path = folder / "audit.sqlite"
@@ -85,24 +101,35 @@ def audit(folder: Path, events: int) -> tuple[float, float, float]:
     return verified, opened, time.perf_counter() - started
 
 
+def step_us(steps: Callable[[int], None]) -> list[float]:
+    """Microseconds of CPU that a plain step takes just now, a few times."""
+    found = []
+    for number in range(10):
+        started = time.process_time()
+        steps(number)
+        found.append((time.process_time() - started) * 1e6 / PLAIN_STEPS)
+    return found
+
+
 def main() -> None:
+    torch.set_num_threads(1)
+    steps = yardstick()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        steps(0)
+        speed = step_us(steps)
         cpu, wall = deployment(folder, 300)
         verified, opened, audited = audit(folder, 10_000)
         figures = {
             "deployment_cpu_ms_a_round": round(cpu, 3),
             "deployment_wall_ms_a_round": round(wall, 3),
-            **{
-                f"simulation_cpu_ms_a_holder_and_round{what}": {
-                    str(holders): round(simulation(folder, holders, 40, synchronous), 4) for holders in (10, 100, 1000)
-                }
-                for what, synchronous in (("", "FULL"), ("_beyond_fsync", "OFF"))
-            },
+            **simulations(folder, steps, speed),
             "verify_seconds_10000_events": round(verified, 3),
             "open_and_summary_seconds_10000_events": round(opened, 3),
             "audit_seconds_10000_events": round(audited, 3),
         }
+    figures["yardstick_us"] = round(statistics.median(speed), 1)
+    figures["scale_to_a_quiet_machine"] = round(QUIET_US / statistics.median(speed), 3)
     print(json.dumps(figures, indent=2))
 
 

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import center_crop, resize
 
 from fedhead.common.config.schema import ImageSettings
 from fedhead.common.errors import DataError
@@ -101,6 +99,10 @@ class ImagePipeline:
         return None
 
     def _shape(self, pixels: Tensor) -> Tensor:
+        # here, because it takes a second or two that texts and vectors should not pay for
+        from torchvision.transforms.v2 import InterpolationMode
+        from torchvision.transforms.v2.functional import center_crop, resize
+
         if self.resize is not None and tuple(pixels.shape[-2:]) != self.resize:
             mode = InterpolationMode(self.interpolation)
             pixels = resize(pixels, list(self.resize), interpolation=mode, antialias=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Final, Literal
 
 from fedhead.common.errors import InputError
@@ -177,7 +178,9 @@ def _full_batch(epsilon: float, delta: float, steps: int, other: float) -> float
     return noise
 
 
+@lru_cache(maxsize=256)
 def _poisson(epsilon: float, delta: float, steps: int, rate: float, other: float) -> float:
+    # kept: it takes seconds, and whoever plans a run, holds it and audits it asks for the same
     high = _full_batch(epsilon, delta, steps, other)  # sampling only helps
     # the accountant that reports adds its error to epsilon: aim below it at once, each call may take a second
     aim, noise, found = epsilon * (1 - TOLERANCE / 2) - min(EPSILON_ERROR, epsilon / 2), high, math.inf

@@ -1,5 +1,8 @@
 """Images on their way into a backbone: any size and kind, one by one, as an image processor's settings say."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -61,3 +64,13 @@ def test_image_processor_settings():
     values = pipeline.collate([np.full((30, 30), 255, np.uint8)])["values"]  # 255 / 127.5 - 1 = 1
     torch.testing.assert_close(values, torch.ones(1, 3, 16, 18))
     assert pipeline_of({"do_resize": False}) == ImagePipeline(None, None, (0.0,) * 3, (1.0,) * 3)
+
+
+def test_texts_and_vectors_do_not_wait_for_torchvision():
+    """It takes seconds to load, at a server, at a holder and in every command."""
+    code = (
+        "import sys, fedhead.common.models.encoders, fedhead.common.models.modules, fedhead.server.app; "
+        "print('torchvision' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"

@@ -25,7 +25,8 @@ class Proxy:
 
     def __init__(self, target: int) -> None:
         self.target, self.up, self.down, self.connections = target, 0, 0, 0
-        self._cut = False
+        self._cut = self._silent = False
+        self._lost: set[asyncio.StreamWriter] = set()  # of connections that neither end knows to be gone
         self._open: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -40,9 +41,17 @@ class Proxy:
         self._cut = True
         self._loop.call_soon_threadsafe(self._drop)
 
+    def silence(self) -> None:
+        """Swallow everything, as a firewall does that has forgotten its connections: neither end is told.
+
+        Those that are open now, or are opened until `mend`, never carry anything again.
+        """
+        self._silent = True
+        self._loop.call_soon_threadsafe(lambda: self._lost.update(self._open))
+
     def mend(self) -> None:
-        """Let everything pass again."""
-        self._cut = False
+        """Let new connections pass again."""
+        self._cut = self._silent = False
 
     def close(self) -> None:
         """End the proxy and its thread."""
@@ -67,17 +76,25 @@ class Proxy:
             writer.transport.abort()
             return
         self._open |= {writer, back}
+        if self._silent:
+            self._lost |= {writer, back}
         await asyncio.gather(self._pump(reader, back, True), self._pump(there, writer, False))
+        writer.close()
+        back.close()
         self._open -= {writer, back}
+        self._lost -= {writer, back}
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, up: bool) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
+                if writer in self._lost:
+                    continue
                 if up:
                     self.up += len(data)
                 else:
                     self.down += len(data)
                 writer.write(data)
                 await writer.drain()
-        with contextlib.suppress(OSError):
-            writer.close()
+        if writer not in self._lost:  # whose other end must not hear that this one has given up
+            with contextlib.suppress(OSError):
+                writer.close()

@@ -21,13 +21,21 @@ CUT = 30.0
 
 
 def test_a_run_goes_on_while_a_holder_is_cut_off_for_30_s_and_takes_it_back(federation):
+    """Cut twice: first every packet is lost and neither end is told, then connections are dropped and refused."""
     slowly = {"limits": {"reply_at": 1.5}}  # rounds enough are left for a holder that comes back on a busy machine
-    ours = federation(recipe={"training": {"rounds": 20}}, server={"round_deadline": 8.0}, holder=slowly)
+    ours = federation(recipe={"training": {"rounds": 30}}, server={"round_deadline": 8.0}, holder=slowly)
     proxy = ours.through_proxy("south", slowly)
     joined = ours.up()
     submit = ours.submit()
     ours.after_round(submit, 1)
     time.sleep(0.7)  # within the next round
+    proxy.silence()
+    before = max(ours.charges("south"))
+    ours.after_round(submit, ours.rounds_done(submit) + 3)  # one deadline, and then without it
+    proxy.mend()
+    until(lambda: max(ours.charges("south")) > before + 1, what="it is back after the silence")
+    ours.after_round(submit, max(ours.charges("south")))
+    time.sleep(0.7)
     proxy.cut()
     number = ours.rounds_done(submit)
     time.sleep(CUT)

@@ -13,6 +13,7 @@ from runpy import run_path
 import numpy as np
 import pytest
 
+PAGES = run_path(str(Path(__file__).with_name("audit_pages.py")))
 COMMANDS = run_path(str(Path(__file__).with_name("audit_commands.py")))
 HEAD, refused, sound, strict, write_recipe = (
     COMMANDS[name] for name in ("HEAD", "refused", "sound", "strict", "write_recipe")
@@ -241,6 +242,8 @@ def test_from_a_recipe_to_the_page_and_to_a_flipped_bit(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "run/audit.html\n", "")
     page = (tmp_path / "run/audit.html").read_text()
     assert "No data holder spent more than" in page
+    if PAGES["reading"].CHROMIUM is not None:
+        PAGES["look"](tmp_path / "run/audit.html", 1100, 6000, passed=True)
     sequence, holder = flip(tmp_path / "run/holders/ledgers.sqlite", bit=1)
     done = run("audit", "ledger", "run")
     assert done.returncode == 1
@@ -249,3 +252,5 @@ def test_from_a_recipe_to_the_page_and_to_a_flipped_bit(tmp_path):
     found = strict(done.stdout)
     assert (done.returncode, found["passed"], found["ledger"]["passed"]) == (1, False, False)
     assert "Faults were found in the ledger" in (tmp_path / "run/audit.html").read_text()
+    if PAGES["reading"].CHROMIUM is not None:
+        PAGES["look"](tmp_path / "run/audit.html", 1100, 6000, passed=False)

@@ -8,14 +8,13 @@ from pathlib import Path
 from runpy import run_path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from fedhead.simulations.audit import page
 from fedhead.simulations.audit.page import render_page, write_page
 
 PAGES = run_path(str(Path(__file__).with_name("audit_pages.py")))
-Page, reading, samples, text_of = (PAGES[name] for name in ("Page", "reading", "samples", "text_of"))
+Page, look, reading, samples, text_of = (PAGES[name] for name in ("Page", "look", "reading", "samples", "text_of"))
 XSS = reading.XSS
 
 
@@ -85,10 +84,7 @@ def test_a_browser_draws_the_page_without_sideways_scrolling(
 ) -> None:
     found = make()
     found["ledger"]["holders"][0]["holder"] = found["name"] = "a" * 90
-    drawn = reading.draw(write_page(found, tmp_path / "audit.html"), width, height)
-    verdict = np.array([0xE6, 0xF5, 0xEE] if make is samples.passing else [0xFD, 0xEC, 0xEA])
-    share = (np.abs(drawn[:400] - verdict).max(-1) <= 2).mean()
-    assert share > 0.1, "the verdict does not stand at the top in its colour"
+    look(write_page(found, tmp_path / "audit.html"), width, height, make is samples.passing)
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def hello(message: Message, context: Context) -> Message:
     arrived = time.monotonic()
     deployed = _deployed(context)
     if deployed and over(message):  # before records are opened, which may take long
-        return protocol.refuse(message, refusal(STALE_ROUND), "", _mark(context))
+        return _late(message, context)
     try:
         workplace, name, _ = workplace_of(context)
     except Exception as fault:  # the boundary: an exception's own text may hold private data
@@ -75,7 +75,7 @@ def train(message: Message, context: Context) -> Message:
     arrived = time.monotonic()
     deployed = _deployed(context)
     if deployed and over(message):  # as above
-        return protocol.refuse(message, refusal(STALE_ROUND), "", _mark(context))
+        return _late(message, context)
     try:
         if deployed and not is_open(context):
             _look_first(message, context)
@@ -134,7 +134,7 @@ def _not_ready(message: Message, context: Context, arrived: float, fault: Except
 
     Its own log says why and what to do.
     """
-    refused, name = refusal(NO_LEDGER if isinstance(fault, LedgerError) else NOT_READY), ""
+    refused = refusal(NO_LEDGER if isinstance(fault, LedgerError) else NOT_READY)
     if isinstance(fault, Refused):
         log.warning("refused before anything was opened: %s", fault)
         refused = fault
@@ -142,23 +142,31 @@ def _not_ready(message: Message, context: Context, arrived: float, fault: Except
         log.error("the holder can't be opened: %s", fault)
     else:
         log.error("the holder can't be opened", exc_info=fault)
-    mark, own = _mark(context), context.node_config.get("holder")
-    if own:  # how far opening came, and how long that took, depends on the records
-        with suppress(FedheadError):
-            holder = load_holder(str(own))
-            name = holder.name if isinstance(fault, Refused) else ""
-            _pad(holder.limits, context, arrived)
+    name, mark = _closed(context)
+    with suppress(FedheadError):
+        if _deployed(context):  # how far opening came, and how long that took, depends on the records
+            _pad(load_holder(str(context.node_config["holder"])).limits, context, arrived)
     return protocol.refuse(message, refused, name, mark)
 
 
-def _mark(context: Context) -> Mark | None:
-    """Where a deployed holder's ledger stands, its records open or not; None where nothing can be read."""
+def _late(message: Message, context: Context) -> Message:
+    """The reply of a deployed holder to a message of a round that is over: for it nothing is opened."""
+    name, mark = _closed(context)
+    return protocol.refuse(message, refusal(STALE_ROUND), name, mark)
+
+
+def _closed(context: Context) -> tuple[str, Mark | None]:
+    """A deployed holder's name and where its ledger stands, its records open or not; empty and None if unreadable."""
     from fedhead.client.deployed import mark_of
 
     with suppress(FedheadError):
+        if is_open(context):
+            workplace, name, _ = workplace_of(context)
+            return name, workplace.admission.mark(name)
         if _deployed(context):
-            return mark_of(load_holder(str(context.node_config["holder"])))
-    return None
+            holder = load_holder(str(context.node_config["holder"]))
+            return holder.name, mark_of(holder)
+    return "", None
 
 
 def expect(messages: Sequence[tuple[Message, Context]]) -> None:

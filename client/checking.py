@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +30,7 @@ from fedhead.client.connection import connection
 from fedhead.client.findings import NO_RECORDS, Finding, State, apart, count
 from fedhead.client.foresight import foresight
 from fedhead.client.holder import HolderFile, load_holder
+from fedhead.client.own_records import counted
 from fedhead.client.standing import disjoint, ledger, storage
 from fedhead.common.config import RunConfig
 from fedhead.common.data.persons import names_of
@@ -191,14 +193,9 @@ def _limits(holder: HolderFile, records: Records | DataError) -> Iterator[Findin
             "least records", "remedy", f"there are {len(records)} records, and limits.least_records is {least}",
             "Take part with more records, or lower it.",
         )  # fmt: skip
-    elif len(records) > limits.most_records:
-        yield Finding(
-            "most records", "remedy", f"there are {len(records)} records, and limits.most_records is "
-            f"{limits.most_records}",
-            "Raise it, up to 1048576, or take part with fewer.",
-        )  # fmt: skip
     else:
         yield Finding("least records", "ok", f"{count(len(records), 'record')}, at least {least:,} wanted")
+        yield from _most(holder, records)
     yield Finding("requests", "ok", _accepted(holder))
     unproved = [head for head in limits.heads if head != "linear"]
     if unproved:
@@ -218,6 +215,27 @@ def _limits(holder: HolderFile, records: Records | DataError) -> Iterator[Findin
             "noise", "warning", "limits.allow_seeded_noise is true: whoever sends the seed can take the noise off",
             "Set it to false outside of tests.",
         )  # fmt: skip
+
+
+def _most(holder: HolderFile, records: Records) -> Iterator[Finding]:
+    """Whether there are more records than rounding is covered for, by each unit that a request may be for."""
+    limits, person = holder.limits, holder.data.person
+    if limits.allow_seeded_noise:  # then nothing is rounded to a lattice
+        return
+    has, most = f"there are {len(records)} records", f"and limits.most_records is {limits.most_records}"
+    if len(records) > limits.most_records:
+        yield Finding("most records", "remedy", f"{has}, {most}", "Raise it, up to 1048576, or take part with fewer.")
+        return
+    if person is None or "person" not in limits.units:
+        return
+    with suppress(DataError):  # told with the persons
+        many = counted(records, person)
+        if many > limits.most_records:
+            yield Finding(
+                "most records", "warning" if "record" in limits.units else "remedy",
+                f"{has}, which count as {many} where persons are the unit, {most}",
+                "Raise it, up to 1048576, or take part with fewer.",
+            )  # fmt: skip
 
 
 def _accepted(holder: HolderFile) -> str:

@@ -11,24 +11,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-import torch
-
 from fedhead.client.admission import Admission
 from fedhead.client.domains import Domains, identities
 from fedhead.client.holder import MADE, HolderFile, load_holder
 from fedhead.client.keeping import keep_newest
-from fedhead.client.own_records import own_records
+from fedhead.client.own_records import counted, own_records
 from fedhead.client.placing import alone, place
 from fedhead.client.policy import check_request
 from fedhead.client.timing import preparing
-from fedhead.client.training import CHUNK, Trainer
+from fedhead.client.training import Trainer
 from fedhead.client.workplace import Workplace, fingerprint
 from fedhead.common.config import RunConfig, changed, from_json
 from fedhead.common.config.places import in_package
 from fedhead.common.config.schema import FeatureSettings, ModelSettings
 from fedhead.common.data.paths import SCHEME
-from fedhead.common.data.persons import names_of
 from fedhead.common.data.records import Records
 from fedhead.common.errors import InputError, ModelError
 from fedhead.common.failpoints import reach
@@ -37,8 +33,7 @@ from fedhead.common.models.backbones import Backbone, load_backbone
 from fedhead.common.models.trainable import Trainable
 from fedhead.common.preparation import Split, check_kind, featurize, load_backbone_for, make_trainable
 from fedhead.common.privacy.lattice import check_sums
-from fedhead.common.privacy.ledger import Ledger, LedgerError, Mark
-from fedhead.common.privacy.sequences import rounding_records
+from fedhead.common.privacy.ledger import Ledger, LedgerError, Mark, stored_mark
 from fedhead.common.protocol import RoundRequest
 from fedhead.common.refusals import OTHER_BACKBONE, refusal
 from fedhead.common.results import write_aside
@@ -155,10 +150,8 @@ def check_ledger(holder: HolderFile) -> None:
 
 def mark_of(holder: HolderFile) -> Mark | None:
     """Where the ledger of a holder stands whose records are not open; None where it has no row or can't be read."""
-    with suppress(LedgerError), Ledger(holder.ledger, create=False, read_only=True) as ledger:
-        mark = ledger.end(holder.name)
-        return mark if mark.sequence else None
-    return None
+    mark = stored_mark(holder.ledger, holder.name)
+    return mark if mark is not None and mark.sequence else None
 
 
 def open_ledger(holder: HolderFile) -> Ledger:
@@ -191,12 +184,8 @@ def check_rounding(whole: Split, trainable: Trainable, person: str | None, most:
     ------
     InputError
     """
-    units = len(whole.train)
-    if whole.persons is not None:
-        assert person is not None
-        _, lengths = np.unique(names_of(whole.train, person, "data.person"), return_counts=True)
-        units = rounding_records(torch.from_numpy(lengths.astype(np.int64)), CHUNK)
-    check_sums(units, list(trainable.trained().values()), most)
+    records = counted(whole.train, None if whole.persons is None else person)
+    check_sums(records, list(trainable.trained().values()), most)
 
 
 def check_disjoint(holder: HolderFile, records: Records) -> None:

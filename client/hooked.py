@@ -20,7 +20,7 @@ from fedhead.client.probing import check_own_gradients, has_own_code
 from fedhead.common.errors import ModelError
 from fedhead.common.models.memory import at_once, held_a_record
 from fedhead.common.privacy.clipping import LARGEST, clip_factors, finite_records
-from fedhead.common.privacy.sequences import CANCEL
+from fedhead.common.privacy.summing import CANCEL
 
 _NORM_ELEMENTS: Final = 2**22  # most numbers inside one layer's norm
 _FIRING: Final = "Full backward hook is firing"  # features ask for no gradient, and torch says so for every first layer

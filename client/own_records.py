@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
+
 from fedhead.client.holder import HolderFile
 from fedhead.common.config import RunConfig
-from fedhead.common.data.persons import named
+from fedhead.common.data.persons import named, names_of
 from fedhead.common.data.records import Records
 from fedhead.common.data.sources import load_records
+from fedhead.common.privacy.summing import rounding_records
 
 log = logging.getLogger("fedhead.client")
 
@@ -54,3 +57,23 @@ def own_records(holder: HolderFile, config: RunConfig) -> Records:
         holder.name, len(keep) - int(keep.sum()), len(keep),
     )  # fmt: skip
     return records.select(keep)
+
+
+def counted(records: Records, person: str | None) -> int:
+    """How many records `limits.most_records` counts: all, and more of persons whose records are added up first.
+
+    Parameters
+    ----------
+    records : Records
+    person : str or None
+        The column of persons, where they are the unit.
+
+    Raises
+    ------
+    DataError
+        A record doesn't say whose it is.
+    """
+    if person is None:
+        return len(records)
+    _, lengths = np.unique(names_of(records, person, "data.person"), return_counts=True)
+    return rounding_records(lengths.astype(np.int64))

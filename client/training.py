@@ -27,10 +27,10 @@ from fedhead.common.privacy.events import Event, NoPrivacyEvent, event_of
 from fedhead.common.privacy.lattice import MOST_RECORDS, check_sums
 from fedhead.common.privacy.noise import Streams
 from fedhead.common.privacy.optimizers import PrivateOptimizer, add_pull, begin_round, make_optimizer
-from fedhead.common.privacy.sequences import rounding_records
+from fedhead.common.privacy.summing import AT_ONCE, rounding_records
 from fedhead.common.tasks import Task
 
-CHUNK: Final = 4096
+CHUNK: Final = AT_ONCE
 """Most records whose gradients a deployed holder holds at once, whatever a request says."""
 MOST_OPTIMIZERS: Final = 8  # that a trainer keeps
 MECHANISMS: Final = ("full-batch", "poisson", "none")
@@ -165,7 +165,7 @@ class Trainer:
             if not streams.seeded:
                 records = len(features)
                 if of_persons(targets):
-                    records = rounding_records((targets >= 0).sum(1), plan.chunk)
+                    records = rounding_records((targets >= 0).sum(1).cpu().numpy(), plan.chunk)
                 check_sums(records, self.parameters, self.most_records)
             self._private(features, targets, plan, streams)
         return event

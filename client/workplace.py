@@ -132,7 +132,7 @@ def is_open(context: Context) -> bool:
 
 def _place(context: Context) -> str:
     # the first is what the holder gave its node; a server can't set it
-    return str(context.node_config.get("holder", "")) + str(context.run_config["recipe"])
+    return str(context.node_config.get("holder", "")) + str(context.run_config.get("recipe", ""))
 
 
 def _workplace_of(context: Context) -> tuple[Workplace, str, Labelled]:

@@ -284,6 +284,11 @@ def read_release(message: Message) -> tuple[str, str]:
     return str(record.get("holder", "")), str(record.get("event", ""))
 
 
+def read_holder(message: Message) -> str:
+    """The name that a reply gives its holder, a refusal or a release; empty where it gives none."""
+    return read_refusal(message)[0] if message.has_error() else read_release(message)[0]
+
+
 def read_mark(message: Message) -> Mark | None:
     """Where a holder's ledger stands, by its reply, a refusal or a release; None where it doesn't say."""
     try:

@@ -153,6 +153,7 @@ class Coordinator:
         try:
             head = self._rounds(rounds, plan, self._strategy(rounds), like)
         finally:
+            rounds.marks = newest(rounds.marks, roster.marks())  # of holders that no round was asked of, too
             if self.marks is not None:
                 write_marks(self.marks, rounds.marks)
             if rounds.central is not None:

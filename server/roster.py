@@ -207,8 +207,8 @@ class Callers:
                 self._slow.add(node)
                 self._later[node] = time.monotonic() + LOST_SECONDS
                 continue
-            mark = protocol.read_mark(reply)
-            if mark is not None:
+            said, mark = protocol.read_holder(reply), protocol.read_mark(reply)
+            if mark is not None and said == name:  # who has another's key by mistake must not say where its ledger is
                 self._marks = newest(self._marks, {name: mark})
             text = _fault(reply, name)
             if text:

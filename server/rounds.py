@@ -230,7 +230,7 @@ class _InRounds(FedAvg):
                     continue  # the link's word for a node that is among the missed
                 record.refused.append({"holder": name, "code": code, "text": text})
                 mark = protocol.read_mark(reply)
-                if mark is not None:
+                if mark is not None and holder == name:
                     self.rounds.marks = newest(self.rounds.marks, {name: mark})
                 # it may have been charged, or released: what was asked counts as spent
                 if code not in UNSPENT or (again and code in (NOT_READY, OLD_LEDGER)):

@@ -119,7 +119,8 @@ class Limits(Table):
         ge=1,
         le=2**20,
         description="Most records to take part with, in a deployment: a public number. Rounding is covered for so "
-        "many; the fewer, the longer the weights of a head may be. A person with several records counts as up to six.",
+        "many; the fewer, the longer the weights of a head may be. With persons as the unit records count as more, "
+        "because each person's are added up first: `check` says as how many.",
     )
     release: ReleaseLimits = Field(
         default_factory=ReleaseLimits, description="What may leave besides the noised update."

@@ -15,8 +15,9 @@ sums, to first order in u, a record's clipped gradient moves by at most
     3 u (K + 10)           softmax: a sum of K terms, exp within two units in the last place, the one-hot row
     u (K + D + 26) C       factor and products: half K of a norm, half D of a length, twice
     200 u (K + 2 D + 22) C instead of that for persons, whose norm comes from a sum that may cancel down to
-                           `sequences.CANCEL` of its terms: 1024 u (K + 2 D + 2 T + 10) C a person with T > 1 records.
-                           There are at most 2^17.5 such persons, and 2^20 records (`sequences.rounding_records`)
+                           `summing.CANCEL` of its terms: 1024 u (K + 2 D + 2 T + 10) C a person with T > 1 records.
+                           Of N records that are covered, at most N / 2^2.5 are such persons
+                           (`summing.rounding_records`)
 
 Clipping itself moves nothing apart: it is a projection for a record, and at most 33/32 as steep for a person.
 """
@@ -116,7 +117,7 @@ def check_weights(
         if longest < 0:
             raise InputError(
                 f"clipping_norm is {clipping_norm!r}: at it, rounding in gradients of {outputs} outputs and {features} "
-                "features is not covered. Take a larger privacy.clipping_norm."
+                "features is not covered. Take a larger privacy.clipping_norm, or a smaller limits.most_records."
             )
     else:
         longest = LONGEST_WEIGHTS * clipping_norm

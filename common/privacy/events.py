@@ -221,15 +221,19 @@ def from_row(row: Mapping[str, Any]) -> Event:
     Raises
     ------
     InputError
-        A number breaks a rule.
+        A number is missing, or breaks a rule.
 
     Notes
     -----
     A row of a count has no sensitivity. Guarantee: its noise multiplier is in sensitivities, so that it costs what a
     full-batch step of that noise does, which is what comes back.
     """
+    missing = sorted({"mechanism", "steps"} - set(row))
+    if missing:
+        raise InputError(f"event.{missing[0]} is missing: a result has it of every event. Restore result.json.")
     kind = "full-batch" if row["mechanism"] == CountEvent.mechanism else row["mechanism"]
-    return event_of(kind, row.get("noise_multiplier") or 0.0, row.get("clipping_norm") or 1.0, row["steps"],
+    noise, norm = (row.get(name) for name in ("noise_multiplier", "clipping_norm"))
+    return event_of(kind, 0.0 if noise is None else noise, 1.0 if norm is None else norm, row["steps"],
                     row.get("sample_rate"))  # fmt: skip
 
 

@@ -84,8 +84,8 @@ def check_sums(records: int, parameters: Sequence[Tensor], most: int | None = No
     most = MOST_RECORDS if most is None else min(most, MOST_RECORDS)
     if records > most:
         raise InputError(
-            f"data.source has more than {most} records: rounding in sums of more is not covered. Use a part, or a "
-            f"larger limits.most_records, up to {MOST_RECORDS}."
+            f"data.source counts as more than {most} records: rounding in sums of more is not covered. Use a part, or "
+            f"a larger limits.most_records, up to {MOST_RECORDS}."
         )
 
 

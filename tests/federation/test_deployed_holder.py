@@ -12,7 +12,7 @@ from fedhead.client.training import Trainer
 from fedhead.common import protocol, refusals
 from fedhead.common.config import changed
 from fedhead.common.features import FeatureSet
-from fedhead.common.privacy.ledger import GENESIS, Ledger, Mark
+from fedhead.common.privacy.ledger import Ledger, Mark, stored_mark
 from fedhead.common.privacy.secure import SOURCES, choose_source
 
 
@@ -154,15 +154,17 @@ def test_every_reply_says_where_the_ledger_stands(deployed):
         end = ledger.mark("st-mary")
         assert ledger.has("st-mary", with_budget)
         assert end.sequence > 1
-        assert ledger.end("st-mary") == end
-        assert (ledger.end("st-jude"), ledger.mark("st-jude")) == (Mark(0, GENESIS),) * 2
+    assert stored_mark(holder.ledger, "st-mary") == end
     assert protocol.read_mark(holder.hello()) == end
     for changes in ({"round": 1, "learning_rate": 9.0}, {"backbone": "0" * 64}, {"round": 2, "noise_multiplier": 0.0}):
         assert protocol.read_mark(holder.ask(**changes)) == end
     late = holder.message(holder.request(round=2))
     late.metadata.created_at -= 2 * late.metadata.ttl
-    assert holder.code_of(holder.send(late)) == refusals.STALE_ROUND
-    assert protocol.read_mark(holder.send(late)) == end
+    for _ in ("open", "closed"):
+        reply = holder.send(late)
+        assert holder.code_of(reply) == refusals.STALE_ROUND
+        assert (protocol.read_holder(reply), protocol.read_mark(reply)) == ("st-mary", end)
+        holder.restart()
 
 
 def test_before_records_are_open_the_mark_is_that_of_the_file(deployed):
@@ -178,6 +180,7 @@ def test_before_records_are_open_the_mark_is_that_of_the_file(deployed):
     holder.file.write_text(holder.file.read_text().replace("sklearn:digits", "csv:gone.csv"))
     for closed in (holder.hello(), holder.ask(noise_multiplier=25.0, round=2)):
         assert (holder.code_of(closed), protocol.read_mark(closed)) == (refusals.NOT_READY, end)
+        assert protocol.read_holder(closed) == "st-mary"
 
 
 def test_a_mark_that_can_not_be_read_is_left_out(deployed):

@@ -15,6 +15,7 @@ from fedhead.server import checkpoints
 from fedhead.server.app import Coordinator, Deployed
 from fedhead.server.checkpoints import Checkpoint
 from fedhead.server.desk import prepare_deployed
+from fedhead.server.marks import read_marks
 from fedhead.server.roster import Callers, Registered
 from fedhead.simulations.engine import FIRST_NODE, SERVER_NODE, InProcessGrid
 
@@ -132,6 +133,20 @@ def test_a_deployed_run_has_checkpoints_deadlines_and_marks(federation, tmp_path
     assert {row["holder"] for row in outcome.result.privacy} == {"north", "south"}
     assert max(row["epsilon"] for row in outcome.result.privacy) <= 1.0
     assert (tmp_path / "marks.json").exists()
+
+
+def test_a_run_that_nobody_can_take_part_in_remembers_the_ledgers(federation, tmp_path):
+    _, outcome = federation(tmp_path / "out")
+    assert outcome is not None
+    seen = read_marks(tmp_path / "marks.json")
+    (tmp_path / "marks.json").unlink()
+    for holder in federation.holders.values():
+        holder.restart()
+        holder.file.write_text(holder.file.read_text().replace("sklearn:digits", "csv:gone.csv"))
+    with pytest.raises(RunError, match="no holder can take part"):
+        federation(tmp_path / "again")
+    assert read_marks(tmp_path / "marks.json") == seen
+    assert set(seen) == {"north", "south"}
 
 
 @pytest.mark.slow

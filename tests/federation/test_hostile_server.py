@@ -43,6 +43,19 @@ def test_the_ledgers_hash_does_not_tell_one_set_of_records_from_another(deployed
         assert reserve.fingerprint not in {row.fingerprint for row in ledger.entries()}
 
 
+def test_the_ledgers_hash_does_not_tell_when_its_rows_were_written(deployed):
+    """The first answer carries the hash of the row of the budget, which is written when the records are open."""
+    holder = deployed()
+    mark = protocol.read_mark(holder.hello())
+    with Ledger(holder.ledger) as ledger:
+        (budget,) = ledger.entries()
+    row = dict(zip(budget._fields[:-1], budget[:-1], strict=True))
+    assert hash_of(list(row.values())) == mark.hash
+    assert len(bytes.fromhex(row["fingerprint"])) == 16
+    for guess in (None, "", "0" * 32):  # who knows all else, the very microsecond included, can't see it confirmed
+        assert hash_of(list({**row, "fingerprint": guess}.values())) != mark.hash
+
+
 def test_labels_are_not_for_a_server_to_find_out(deployed):
     """Every list of labels but the holder's own gets the same answer, whether or not a record has the label."""
     answers = set()

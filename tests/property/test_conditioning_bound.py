@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedhead.common.errors import InputError
 from fedhead.common.privacy.clipping import feature_reach, linear_softmax_clipped_sum
-from fedhead.common.privacy.conditioning import LONGEST_WEIGHTS, ROOM, check_weights, longest_weights, moved
+from fedhead.common.privacy.conditioning import ALL, LONGEST_WEIGHTS, check_weights, longest_weights, moved
 from fedhead.common.privacy.lattice import MOST_RECORDS
 from fedhead.common.privacy.sequences import group, linear_softmax_summed
 
@@ -59,11 +59,13 @@ def worst(length, features):
     return float((gradient(a, features) - gradient(b, features)).norm())
 
 
+@pytest.mark.parametrize("records", [2**10, 2**17, MOST_RECORDS])
 @pytest.mark.parametrize("features", [64, 512, 4096])
-def test_at_the_limit_all_records_together_stay_within_their_room(features):
-    limit = longest_weights(features, 2, NORM)
-    assert 0 < MOST_RECORDS * worst(limit, features) <= 2.0**-11 * NORM
-    assert worst(limit, features) <= moved(limit, features, 2, NORM) <= ROOM * NORM * (1 + 1e-12)
+def test_at_the_limit_all_records_together_stay_within_their_room(features, records):
+    """However few records a holder has promised: the fewer, the longer the weights."""
+    limit = longest_weights(features, 2, NORM, records=records)
+    assert 0 < records * worst(limit, features) <= 2.0**-11 * NORM
+    assert worst(limit, features) <= moved(limit, features, 2, NORM) <= ALL / records * NORM * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("features", [512, 4096])
@@ -86,6 +88,7 @@ def head(drawn, features, outputs, length):
 
 
 SHAPES = {
+    "most": st.sampled_from([2**10, 2**17, MOST_RECORDS]),
     "seed": st.integers(0, 2**31),
     "features": st.sampled_from([3, 40, 700]),
     "outputs": st.sampled_from([2, 11]),
@@ -95,10 +98,10 @@ SHAPES = {
 
 @EXAMPLES
 @given(**SHAPES, read=st.booleans())
-def test_a_record_alone_and_among_others(seed, features, outputs, norm, read):
+def test_a_record_alone_and_among_others(seed, features, outputs, norm, most, read):
     """Through production code, with what it does to features that are read together."""
     drawn = torch.Generator().manual_seed(seed)
-    weight, bias = head(drawn, features, outputs, longest_weights(features, outputs, norm))
+    weight, bias = head(drawn, features, outputs, longest_weights(features, outputs, norm, records=most))
     x = torch.randn(50, features, generator=drawn).double()
     y = torch.randint(outputs, (50,), generator=drawn)
 
@@ -109,14 +112,14 @@ def test_a_record_alone_and_among_others(seed, features, outputs, norm, read):
         return torch.cat([part.flatten() for part in found])
 
     among = total(slice(0, 50)) - sum(total(slice(i, i + 1)) for i in range(50))
-    assert float(among.norm()) <= 50 * ROOM * norm + 2 * 50 * 50 * 2.0**-53 * norm  # and the additions
+    assert float(among.norm()) <= 50 * ALL / most * norm + 2 * 50 * 50 * 2.0**-53 * norm  # and the additions
 
 
 @EXAMPLES
 @given(**SHAPES)
-def test_a_person_alone_and_among_others(seed, features, outputs, norm):
+def test_a_person_alone_and_among_others(seed, features, outputs, norm, most):
     drawn = torch.Generator().manual_seed(seed)
-    weight, bias = head(drawn, features, outputs, longest_weights(features, outputs, norm, persons=True))
+    weight, bias = head(drawn, features, outputs, longest_weights(features, outputs, norm, persons=True, records=most))
     lengths = torch.randint(1, 9, (12,), generator=drawn)
     ends, count = lengths.cumsum(0), int(lengths.sum())
     x = torch.randn(count, features, generator=drawn).double()
@@ -131,4 +134,4 @@ def test_a_person_alone_and_among_others(seed, features, outputs, norm):
         return torch.cat([part.flatten() for part in found])
 
     among = total(slice(0, 12)) - sum(total(slice(i, i + 1)) for i in range(12))
-    assert float(among.norm()) <= count * ROOM * norm + 2 * count * 12 * 32 * 2.0**-53 * norm
+    assert float(among.norm()) <= count * ALL / most * norm + 2 * count * 12 * 32 * 2.0**-53 * norm

@@ -7,7 +7,7 @@
     log.py          whether SQLite's write-ahead log has lost what was durable
     transactions.py one writer at a time, and states in memory that never run ahead of the file
     store.py        Ledger: declare, reserve, release, abandon, mark, has
-    reading.py      verification, summaries, a file a holder
+    reading.py      verification, summaries, a file a holder, the last mark
     signing.py      how statements are signed
     statements.py   signed statements
 
@@ -16,7 +16,7 @@ Imports neither torch, Flower, Opacus nor dp-accounting; the last two are loaded
 
 from fedhead.common.privacy.ledger.admission import Denied, Granted, Repeated, Reservation
 from fedhead.common.privacy.ledger.chain import GENESIS, Entry, LedgerError, Mark
-from fedhead.common.privacy.ledger.reading import DomainSummary, RunSummary
+from fedhead.common.privacy.ledger.reading import DomainSummary, RunSummary, stored_mark
 from fedhead.common.privacy.ledger.state import Plan
 from fedhead.common.privacy.ledger.statements import Statement, load_key, statement, verify_statement
 from fedhead.common.privacy.ledger.store import Declaration, Ledger
@@ -38,5 +38,6 @@ __all__ = [
     "Statement",
     "load_key",
     "statement",
+    "stored_mark",
     "verify_statement",
 ]

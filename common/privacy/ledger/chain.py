@@ -59,8 +59,10 @@ class Entry(NamedTuple):
         What the row belongs to.
     digest : str
         Of the whole request.
-    unit, fingerprint, noise : str
-        Privacy unit, data fingerprint and source of noise of a reserve.
+    unit, noise : str
+        Privacy unit and source of noise of a reserve.
+    fingerprint : str
+        Of a reserve its data's, keyed; of other rows random: from its hash nobody can tell a row's time.
     event : str
         Canonical JSON of the event.
     plan : str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -133,9 +134,27 @@ def replay(connection: sqlite3.Connection, path: Path, state: State) -> int:
     return state.sequence - before
 
 
-def end(connection: sqlite3.Connection, holder: str) -> Mark:
-    """Where a holder's chain ends, as the file says it."""
-    found = connection.execute("SELECT sequence, hash FROM heads WHERE holder = ?", (holder,)).fetchone()
+def stored_mark(path: Path, holder: str) -> Mark | None:
+    """Where a holder's chain ends, as the file says it: nothing is checked, so that it costs the same for any ledger.
+
+    Parameters
+    ----------
+    path : Path
+        A ledger, which other processes may have open; nothing of it is changed.
+    holder : str
+
+    Returns
+    -------
+    Mark or None
+        The start of all chains where the holder has no row; None where the file is not there or can't be read.
+    """
+    try:
+        if not path.is_file():
+            return None
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            found = connection.execute("SELECT sequence, hash FROM heads WHERE holder = ?", (holder,)).fetchone()
+    except (OSError, sqlite3.Error):
+        return None
     return Mark(0, GENESIS) if found is None else Mark(*found)
 
 

@@ -181,11 +181,6 @@ class Ledger(Transactions):
         with self._reading():
             return self._state(holder).mark
 
-    def end(self, holder: str) -> Mark:
-        """As `mark`, but as the file says it: the chain is not checked, which takes longer the longer it is."""
-        with self._reading():
-            return reading.end(self._connection, holder)
-
     def has(self, holder: str, mark: Mark) -> bool:
         """Whether the chain contains a mark that was seen before; False means that an older copy was restored."""
         if type(mark.sequence) is not int or not 0 < mark.sequence <= MOST:  # what arrives may be anything

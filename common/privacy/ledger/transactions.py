@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,8 +53,14 @@ class Transactions:
         self.close()
 
     def _append(self, state: State, kind: Kind, columns: Columns, after: tuple[Totals, Totals]) -> int:
-        """Add a row to a holder's chain, in memory until the next `_flush`; its sequence."""
+        """Add a row to a holder's chain, in memory until the next `_flush`; its sequence.
+
+        A reserve has the fingerprint of its data, which nobody else can compute. Every other row gets a random one:
+        hashes leave the holder, and who could guess all of a row but its time would read the time off its hash.
+        """
         total, of_run = after
+        if kind != "reserve":
+            columns = columns._replace(fingerprint=secrets.token_hex(16))
         values = (
             state.holder, state.sequence + 1, self._time, kind, *columns, total.mu_squared, total.epsilon, total.delta,
             of_run.mu_squared, of_run.epsilon, of_run.delta, state.hash,

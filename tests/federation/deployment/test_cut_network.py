@@ -32,6 +32,7 @@ def test_a_run_goes_on_while_a_holder_is_cut_off_for_30_s_and_takes_it_back(fede
     proxy.silence()
     before = max(ours.charges("south"))
     ours.after_round(submit, ours.rounds_done(submit) + 3)  # one deadline, and then without it
+    assert max(ours.charges("south")) <= before + 1, "it was not cut off"
     proxy.mend()
     until(lambda: max(ours.charges("south")) > before + 1, what="it is back after the silence")
     ours.after_round(submit, max(ours.charges("south")))

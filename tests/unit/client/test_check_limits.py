@@ -1,8 +1,10 @@
 """`fedhead check`: what of the limits is shown, and what is a remedy."""
 
+import numpy as np
 import pytest
 
 from fedhead.client.checking import check_holder
+from fedhead.common.privacy.summing import rounding_records
 
 HOLDER = """
 name = "st-mary"
@@ -69,3 +71,27 @@ def test_more_records_than_were_promised_are_a_remedy(here):
     change(here, "[limits]", "[limits]\nmost_records = 39")
     (most,) = found(here, "most records")
     assert (most.state, most.text) == ("remedy", "there are 40 records, and limits.most_records is 39")
+    change(
+        here, "most_records = 39", "most_records = 39\nallow_seeded_noise = true"
+    )  # nothing holds it to a number then
+    assert not found(here, "most records")
+
+
+def test_records_of_persons_count_as_more(here):
+    """20 persons with two records each: as many as a run would take them for."""
+    rows = [f"note {i},{'ab'[i % 2]},p{i // 2}" for i in range(40)]
+    (here / "notes.csv").write_text("note,code,patient\n" + "\n".join(rows) + "\n")
+    many = rounding_records(np.full(20, 2))
+    assert many > 100
+    change(here, "[limits]", "[limits]\nmost_records = 100")
+    change(here, 'units = ["person"]', 'units = ["record"]')
+    assert not found(here, "most records")
+    text = f"there are 40 records, which count as {many} where persons are the unit, and limits.most_records is 100"
+    change(here, 'units = ["record"]', 'units = ["record", "person"]')
+    (most,) = found(here, "most records")
+    assert (most.state, most.text) == ("warning", text)
+    change(here, 'units = ["record", "person"]', 'units = ["person"]')
+    (most,) = found(here, "most records")
+    assert (most.state, most.text) == ("remedy", text)
+    change(here, "most_records = 100", f"most_records = {many}")
+    assert not found(here, "most records")

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from fedhead.common.config.limits import Limits
 from fedhead.common.errors import InputError
 from fedhead.common.privacy.conditioning import ROOM, check_weights, longest_weights, moved
 
@@ -74,4 +75,4 @@ def test_fewer_records_leave_room_for_longer_weights(persons):
 
 def test_the_weights_of_the_built_in_recipes_fit():
     """Noise makes weights long: 198 in `digits`, with 1,280 features and ten labels at epsilon 3."""
-    assert longest_weights(1280, 10, 0.3, records=2**17) > 10 * 198
+    assert longest_weights(1280, 10, 0.3, records=Limits().most_records) > 10 * 198

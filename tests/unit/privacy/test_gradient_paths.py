@@ -18,7 +18,7 @@ from fedhead.common.errors import FedheadError, InputError
 from fedhead.common.features import FeatureSet
 from fedhead.common.models.trainable import Trainable
 from fedhead.common.privacy.noise import TorchNoise, simulation_streams
-from fedhead.common.privacy.sequences import CANCEL
+from fedhead.common.privacy.summing import CANCEL
 from fedhead.common.tasks.classification import Classification
 
 N, D, K = 60, 16, 5

@@ -59,7 +59,7 @@ class Link:
                 continue
             self.answers[one] = True
             if name in self.refusing:
-                reply = protocol.refuse(message, refusal(NOT_READY), "", self.ledgers.get(name))
+                reply = protocol.refuse(message, refusal(NOT_READY), name, self.ledgers.get(name))
             else:
                 reply = protocol.hello(message, self.called.get(name, name), self.ledgers.get(name))
             found.append(reply)
@@ -230,3 +230,11 @@ def test_where_a_ledger_stands_is_kept_from_every_answer(link, monkeypatch):
     roster.present(["north"])
     assert roster.marks() == {"north": north, "south": south}  # what was seen is not forgotten for an older one
     assert Everybody(NODES).marks() == {}
+
+
+def test_a_holder_with_anothers_key_does_not_say_where_anothers_ledger_is(link):
+    link.called, link.ledgers = {"south": "north"}, {"south": Mark(40, "d" * 64)}
+    roster = callers(link, least=1)
+    roster.present(["north", "south"])
+    assert roster.turned_away["south"]
+    assert roster.marks() == {}

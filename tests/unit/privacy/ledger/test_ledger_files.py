@@ -17,10 +17,10 @@ import pytest
 
 from fedhead.common.failpoints import FAILPOINTS, installed
 from fedhead.common.privacy.filters import Terms
-from fedhead.common.privacy.ledger import Granted, Ledger, LedgerError
+from fedhead.common.privacy.ledger import GENESIS, Granted, Ledger, LedgerError, Mark, stored_mark
 
 SHARED = run_path(str(Path(__file__).with_name("reservations.py")))
-fill, want = (SHARED[name] for name in ("fill", "want"))
+ROUNDS, fill, one, want = (SHARED[name] for name in ("ROUNDS", "fill", "one", "want"))
 
 
 def files(path: Path) -> list[str]:
@@ -67,6 +67,31 @@ def test_rows_can_t_be_changed_or_deleted(path: Path):
         for sql in ("DELETE FROM entries", "UPDATE entries SET domain_mu_squared = 0"):
             with pytest.raises(sqlite3.IntegrityError, match="never"):
                 ledger._connection.execute(sql)
+
+
+def test_the_last_mark_is_read_without_a_check(path: Path):
+    """For replies of a holder whose ledger isn't open; it costs no more for a long ledger than for a short one."""
+    assert stored_mark(path, "ann") is None
+    assert not path.parent.exists()
+    with Ledger(path) as ledger:
+        assert stored_mark(path, "ann") == ledger.mark("ann") == Mark(0, GENESIS)
+        mark = fill(ledger)
+        with ledger._writing("declare"):  # somebody writes just now
+            assert stored_mark(path, "ann") == mark
+        assert stored_mark(path, "bob") == Mark(0, GENESIS)
+        assert one(ledger, want(ROUNDS)) is not None  # the lock that this process holds was not lost with the file
+    mark = stored_mark(path, "ann")
+    assert mark.sequence == 2 * ROUNDS + 2
+    with Ledger(path) as ledger:
+        assert ledger.mark("ann") == mark
+        assert ledger.verify() == mark.sequence
+    assert files(path) == ["ledger.sqlite"]
+    for content in (b"", b"no database at all" * 100):
+        path.write_bytes(content)
+        assert stored_mark(path, "ann") is None
+    path.unlink()
+    path.mkdir()
+    assert stored_mark(path, "ann") is None
 
 
 def test_no_file(path: Path):

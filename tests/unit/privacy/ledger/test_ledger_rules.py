@@ -47,6 +47,20 @@ def test_totals_are_in_every_row_and_never_below_the_exact_sum(ledger: Ledger):
         assert last.run_mu_squared <= last.domain_mu_squared
 
 
+def test_no_row_but_a_reserve_has_a_hash_that_can_be_guessed(ledger: Ledger):
+    """A reserve's fingerprint is keyed by its holder; other rows get 128 random bits each."""
+    granted = one(ledger, want(1))
+    ledger.release([("ann", granted.sequence, b"bytes")])
+    ledger.abandon("ann", one(ledger, want(2)).sequence)
+    ledger.declare("ann", "notes", None)
+    rows = list(ledger.entries())
+    assert [row.kind for row in rows] == ["terms", "reserve", "release", "reserve", "abandon", "terms"]
+    others = [row.fingerprint for row in rows if row.kind != "reserve"]
+    assert len({bytes.fromhex(one) for one in others if len(one) == 32}) == 4
+    assert {row.fingerprint for row in rows if row.kind == "reserve"} == {"f0"}
+    ledger.verify()
+
+
 def test_a_repeat_gets_the_stored_bytes_and_spends_nothing(ledger: Ledger):
     granted = one(ledger, want())
     (mark,) = ledger.release([("ann", granted.sequence, b"bytes")])

@@ -32,7 +32,9 @@ def request(number):
 def held(divisors, declared, *, weights=None, number=1, **changes):
     """One or more rounds in which each holder releases its sum over its divisor; gives the rounds and the last head."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
-    roster = SimpleNamespace(present=lambda names: {name: NODES[name] for name in names}, missed=lambda _: None)
+    roster = SimpleNamespace(
+        present=lambda names: {name: NODES[name] for name in names}, missed=lambda _: None, marks=dict
+    )
     rounds = Rounds(Cohorts(list(NODES), 2, 0), roster, request, LIKE, declared=declared, **changes)
     strategy = around(FedAvg, {}, rounds)
     names = {node: name for name, node in NODES.items()}

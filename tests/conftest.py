@@ -8,9 +8,6 @@ from pathlib import Path
 # machine, and the workers of pytest-xdist don't fight over two cores. It counts before either is imported.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-# Most objects here are libraries, which stay: looking for cycles among them all the time takes a tenth of the suite's.
-gc.set_threshold(100_000, 20, 20)
-
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -18,6 +15,8 @@ from hypothesis import HealthCheck, settings
 from fedhead.common.config import RunConfig, changed, make_config
 
 torch.set_num_threads(1)
+# Most objects here are libraries, which stay: looking for cycles among them takes a tenth of the suite's time.
+gc.set_threshold(100_000, 20, 20)
 
 # How long an example takes says something of the machine and of what else runs on it, and nothing of the code.
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

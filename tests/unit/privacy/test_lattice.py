@@ -87,7 +87,7 @@ def meta(*shape, dtype=torch.float64):
 def test_what_the_widening_does_not_cover_is_refused():
     check_sums(MOST_RECORDS, [meta(10, 512), meta(10)])
     check_sums(0, [meta(MOST_COORDINATES)])
-    with pytest.raises(InputError, match=r"^data.source has more than 1048576 records: ") as error:
+    with pytest.raises(InputError, match=r"^data.source counts as more than 1048576 records: ") as error:
         check_sums(MOST_RECORDS + 77, [meta(10)])
     assert str(MOST_RECORDS + 77) not in str(error.value)
     with pytest.raises(InputError, match=r"^trainable is torch.float32: .* Call trainable.double\(\)"):

@@ -71,7 +71,7 @@ def test_secure_streams_refuse_float32_and_too_many_records(monkeypatch):
             raise AssertionError("records were read")
 
     many = Many(torch.zeros(1, 6)), torch.zeros(MOST_RECORDS + 1, dtype=torch.long)
-    with pytest.raises(InputError, match=r"^data.source has more than 1048576 records") as error:
+    with pytest.raises(InputError, match=r"^data.source counts as more than 1048576 records") as error:
         Trainer(head(), TASK).round(*many, plan(), system_streams())
     assert "1048577" not in str(error.value)
 

@@ -244,9 +244,10 @@ def main() -> NoReturn:
         if debug:
             raise
         _fail(str(error), error.exit_status)
-    except typer.Abort:
-        _fail("stopped.", 130)
-    except KeyboardInterrupt:
+    except (typer.Abort, KeyboardInterrupt):
+        # Python remembers a KeyboardInterrupt that left a text under `exec`, such as a dataclass's in an import, and
+        # would end by the signal, whatever the status is. Another text that ends well makes it forget.
+        exec("")
         _fail("stopped.", 130)
     except Exception as error:
         usage = getattr(error, "format_message", None)

@@ -189,6 +189,15 @@ def test_a_stopped_run_leaves_nothing_and_says_one_line(here, number, status):
     assert not (here / "o").exists()
 
 
+def test_ctrl_c_in_the_middle_of_an_import_has_the_same_status(tmp_path):
+    """Python would end by the signal where it came while a text ran under `exec`, as in every dataclass's import."""
+    (tmp_path / "stopped.py").write_text(
+        "import fedhead.cli\nfedhead.cli.app = lambda **_: exec('raise KeyboardInterrupt')\nfedhead.cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "stopped"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "fedhead: stopped.\n")
+
+
 def wait_for(path, process):
     until = time.monotonic() + 120
     while not path.exists():

@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
+from runpy import run_path
 
 import pytest
 from scipy.stats import norm
@@ -17,19 +19,8 @@ from fedhead.common.privacy.filters import Terms
 from fedhead.common.privacy.ledger import Ledger, Reservation
 from fedhead.server.keys import make_keys
 
-HOLDER = """
-name = "st-mary"
-[data]
-source = "csv:notes.csv"
-columns = { text = "note", label = "code" }
-person = "patient"
-[budget]
-domain = "adults"
-epsilon = 4.0
-delta = 1e-6
-[limits]
-units = ["person"]
-"""
+FILES = run_path(str(Path(__file__).with_name("holder_files.py")))
+HOLDER, change = (FILES[name] for name in ("HOLDER", "change"))
 SECRET = "Zebulon"
 
 
@@ -51,12 +42,6 @@ def here(tmp_path, monkeypatch):
 def fedhead(here, fedhead):
     """The command in that folder."""
     return fedhead
-
-
-def change(here, old: str, new: str) -> None:
-    text = (here / "holder.toml").read_text()
-    assert old in text
-    (here / "holder.toml").write_text(text.replace(old, new))
 
 
 def found(here, name: str):

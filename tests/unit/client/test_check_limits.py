@@ -1,23 +1,16 @@
 """`fedhead check`: what of the limits is shown, and what is a remedy."""
 
+from pathlib import Path
+from runpy import run_path
+
 import numpy as np
 import pytest
 
 from fedhead.client.checking import check_holder
 from fedhead.common.privacy.summing import rounding_records
 
-HOLDER = """
-name = "st-mary"
-[data]
-source = "csv:notes.csv"
-columns = { text = "note", label = "code" }
-person = "patient"
-[budget]
-epsilon = 4.0
-delta = 1e-6
-[limits]
-units = ["person"]
-"""
+FILES = run_path(str(Path(__file__).with_name("holder_files.py")))
+HOLDER, change = (FILES[name] for name in ("HOLDER", "change"))
 
 
 @pytest.fixture
@@ -26,12 +19,6 @@ def here(tmp_path):
     (tmp_path / "notes.csv").write_text("note,code,patient\n" + "\n".join(rows) + "\n")
     (tmp_path / "holder.toml").write_text(HOLDER)
     return tmp_path
-
-
-def change(here, old, new):
-    text = (here / "holder.toml").read_text()
-    assert old in text
-    (here / "holder.toml").write_text(text.replace(old, new))
 
 
 def found(here, name):

@@ -1,6 +1,8 @@
 """What taking part would take is what a deployed holder then does: same limits, same cost, same features."""
 
 import re
+from pathlib import Path
+from runpy import run_path
 
 import pytest
 from sklearn.datasets import load_digits
@@ -21,6 +23,7 @@ from fedhead.common.privacy.filters import left
 from fedhead.common.privacy.ledger import Ledger, Reservation
 from fedhead.server.requests import make_plan
 
+change = run_path(str(Path(__file__).with_name("holder_files.py")))["change"]
 DIGITS = ", ".join(f'"{digit}"' for digit in range(10))
 HOLDER = f"""
 name = "st-mary"
@@ -41,12 +44,6 @@ DIGEST = "0" * 64
 def here(tmp_path):
     (tmp_path / "holder.toml").write_text(HOLDER)
     return tmp_path
-
-
-def change(here, old, new):
-    text = (here / "holder.toml").read_text()
-    assert old in text
-    (here / "holder.toml").write_text(text.replace(old, new))
 
 
 def found(here, recipe=None):

@@ -35,7 +35,7 @@ from flwr.app import Message, MessageType, RecordDict
 from fedhead.common import protocol
 from fedhead.common.config import make_config, to_json
 from fedhead.common.models.backbones import load_backbone
-from fedhead.common.protocol import RoundRequest
+from fedhead.common.round_request import RoundRequest
 from fedhead.server.server_file import load_server
 from fedhead.server.submitting.session import Session
 

@@ -22,8 +22,8 @@ import torch
 from yardstick import PLAIN_STEPS, QUIET_US, yardstick
 
 from fedhead.common.privacy.events import GaussianEvent
-from fedhead.common.privacy.filters import Terms
 from fedhead.common.privacy.ledger import Declaration, Granted, Ledger, Reservation
+from fedhead.common.privacy.terms import Terms
 from fedhead.simulations.audit.ledgers import audit_ledgers
 
 EVENT = GaussianEvent(1000.0, 1.0, 1)

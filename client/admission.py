@@ -32,7 +32,7 @@ from fedhead.common.privacy.ledger import (
     Repeated,
     Reservation,
 )
-from fedhead.common.protocol import Asked, RoundRequest, pack
+from fedhead.common.protocol import Asked, pack
 from fedhead.common.refusals import (
     BEYOND_BUDGET,
     BEYOND_PLAN,
@@ -44,6 +44,7 @@ from fedhead.common.refusals import (
     STALE_ROUND,
     refusal,
 )
+from fedhead.common.round_request import RoundRequest
 
 log = logging.getLogger("fedhead.client")
 

@@ -30,7 +30,7 @@ from fedhead.common.preparation import Labelled
 from fedhead.common.privacy.events import Event, NoPrivacyEvent
 from fedhead.common.privacy.ledger import LedgerError, Mark
 from fedhead.common.privacy.noise import Streams
-from fedhead.common.protocol import Asked, RoundRequest
+from fedhead.common.protocol import Asked
 from fedhead.common.refusals import (
     INVALID_REQUEST,
     NO_LEDGER,
@@ -41,6 +41,7 @@ from fedhead.common.refusals import (
     TRAINING_FAILED,
     refusal,
 )
+from fedhead.common.round_request import RoundRequest
 
 log = logging.getLogger("fedhead.client")
 

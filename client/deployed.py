@@ -34,9 +34,9 @@ from fedhead.common.models.trainable import Trainable
 from fedhead.common.preparation import Split, check_kind, featurize, load_backbone_for, make_trainable
 from fedhead.common.privacy.lattice import check_sums
 from fedhead.common.privacy.ledger import Ledger, LedgerError, Mark, stored_mark
-from fedhead.common.protocol import RoundRequest
 from fedhead.common.refusals import OTHER_BACKBONE, refusal
 from fedhead.common.results import write_aside
+from fedhead.common.round_request import RoundRequest
 from fedhead.common.tasks import make_task
 
 log = logging.getLogger("fedhead.client")

@@ -28,7 +28,7 @@ from fedhead.common.refusals import BEYOND_BUDGET, BEYOND_RUN
 if TYPE_CHECKING:
     from fedhead.common.config.schema import FeatureSettings
     from fedhead.common.models.backbones import Backbone
-    from fedhead.common.protocol import RoundRequest
+    from fedhead.common.round_request import RoundRequest
 
 LOOK_SECONDS: Final = 5.0  # that computing some features may take, to say how long all will
 GROWTH: Final = 4  # each look takes so many times the records of the one before
@@ -154,7 +154,7 @@ def _admitted(holder: HolderFile, config: RunConfig, backbone: str) -> Iterator[
 def _request(config: RunConfig, backbone: str) -> RoundRequest:
     """The request of the first round, with as many holders as the recipe says, as far as limits and cost look at it."""
     from fedhead.common import planned
-    from fedhead.common.protocol import PlannedCounts, RoundRequest
+    from fedhead.common.round_request import PlannedCounts, RoundRequest
 
     privacy, training, holders = config.privacy, config.training, config.holders
     asked = planned.most_participations(training.rounds, holders.count, holders.per_round or holders.count)

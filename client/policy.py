@@ -29,7 +29,7 @@ from fedhead.common.refusals import (
 
 if TYPE_CHECKING:
     from fedhead.common.config.limits import Limits
-    from fedhead.common.protocol import RoundRequest
+    from fedhead.common.round_request import RoundRequest
 
 _ALGORITHM = "sha256:"  # limits may say it, a request never does
 

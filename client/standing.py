@@ -11,9 +11,10 @@ from fedhead.client.findings import Finding, apart, count, delta_as, left_as, op
 from fedhead.client.holder import MADE, HolderFile
 from fedhead.common.data.records import Records
 from fedhead.common.errors import DataError, FedheadError
-from fedhead.common.privacy.filters import Left, Terms, Totals, least, left, spent
+from fedhead.common.privacy.filters import Left, Totals, least, left, spent
 from fedhead.common.privacy.ledger import DomainSummary, Ledger
 from fedhead.common.privacy.ledger.state import TRUSTING
+from fedhead.common.privacy.terms import Terms
 
 GONE: Final = 1e-3  # share of epsilon below which a budget counts as used up: no useful run fits
 

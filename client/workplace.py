@@ -34,7 +34,7 @@ from fedhead.common.preparation import (
 from fedhead.common.privacy.ledger import Ledger
 from fedhead.common.privacy.noise import Streams, simulation_streams, system_streams
 from fedhead.common.privacy.secure import choose_source
-from fedhead.common.protocol import RoundRequest
+from fedhead.common.round_request import RoundRequest
 from fedhead.common.tasks import make_task
 
 

@@ -12,70 +12,25 @@ import json
 import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
-from fedhead.common.config.schema import Optimizer
 from fedhead.common.errors import Refused
 from fedhead.common.npy import npy_header, read_npy
-from fedhead.common.privacy.events import MOST_STEPS
 from fedhead.common.privacy.ledger import Mark
 from fedhead.common.refusals import INVALID_REQUEST, OTHER_MODEL, TEXTS, refusal
+from fedhead.common.round_request import RoundRequest
 
 Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 
 ARRAYS, CONFIG, METRICS, RELEASE, LEDGER = "arrays", "config", "metrics", "release", "ledger"
 WEIGHT = "num-examples"
 _NPY = "numpy.ndarray"  # Flower's name for the bytes that `numpy.save` writes
-
-
-class PlannedCounts(BaseModel):
-    """The noised counts of a whole run."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    number: int = Field(ge=1, le=100_000)
-    noise_multiplier: float = Field(gt=0)
-
-
-class RoundRequest(BaseModel):
-    """All that fixes what a holder does in one round, checked field by field before anything is read.
-
-    The noise multiplier, clipping norm, sample rate and declared record count change the guarantee; the holder's own
-    policy has the last word on them. `seed` is for simulation: a deployed holder ignores it.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    version: Literal[1] = 1
-    run: str = Field(min_length=1, max_length=64)
-    round: int = Field(ge=1, le=MOST_STEPS)
-    task: str
-    backbone: str = Field(description="Digest of the backbone.")
-    unit: Literal["record", "person", "holder"] = "record"
-    records_per_person: int | None = Field(None, ge=1, le=10_000)
-    mechanism: Literal["full-batch", "poisson", "none"]
-    noise_multiplier: float = Field(ge=0)
-    clipping_norm: float = Field(gt=0)
-    sample_rate: float | None = Field(None, gt=0, lt=1)
-    local_steps: int = Field(ge=1, le=100_000)
-    declared_records: int = Field(ge=1, le=MOST_STEPS)
-    optimizer: Optimizer
-    learning_rate: float = Field(gt=0)
-    proximal_mu: float = Field(0.0, ge=0)
-    chunk: int = Field(4096, ge=1)
-    seed: int | None = Field(None, ge=0)
-    plan_steps: int = Field(1, ge=1, le=MOST_STEPS, description="Private steps that the whole run asks of a holder.")
-    delta: float = Field(1e-5, gt=0, lt=1, description="The delta that the run's epsilon goes with.")
-    plan_counts: PlannedCounts | None = Field(None, description="Noised counts that the whole run asks of a holder.")
-    metrics_noise: float | None = Field(
-        None, gt=0, description="Noise on the count of correct answers, in units; None when no count is asked for."
-    )
 
 
 def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:

@@ -32,10 +32,10 @@ from fedhead.common.errors import Refused, RunError
 from fedhead.common.planned import central
 from fedhead.common.privacy.clipping import SHRINK
 from fedhead.common.privacy.events import GaussianEvent
-from fedhead.common.privacy.filters import Terms
 from fedhead.common.privacy.ledger import Declaration, Denied, Ledger, Repeated, Reservation
 from fedhead.common.privacy.noise import Streams, simulation_streams, system_streams
-from fedhead.common.protocol import RoundRequest
+from fedhead.common.privacy.terms import Terms
+from fedhead.common.round_request import RoundRequest
 
 LEDGER: Final = "server-ledger.sqlite"
 """The server's own ledger, in the folder of the run."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fedhead.common.config.schema import RunConfig
 from fedhead.common.config.strategies import FedAvgM
 from fedhead.common.planned import central, counted, planned_counts, planned_noise, planned_steps
-from fedhead.common.protocol import PlannedCounts, RoundRequest
+from fedhead.common.round_request import PlannedCounts, RoundRequest
 
 # Chosen by measurement, see docs/defaults.md. The effective rate, learning rate times clipping norm over 1 - momentum,
 # is SIGNAL over the noise in one coordinate of the averaged gradient; the rate itself is at most MOST_STEP times

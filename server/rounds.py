@@ -32,8 +32,8 @@ from fedhead.common.privacy.events import (
 )
 from fedhead.common.privacy.filters import charge_of
 from fedhead.common.privacy.ledger import Mark
-from fedhead.common.protocol import RoundRequest
 from fedhead.common.refusals import INVALID_REQUEST, NOT_READY, OLD_LEDGER, TEXTS, UNSPENT
+from fedhead.common.round_request import RoundRequest
 from fedhead.server.central import Central
 from fedhead.server.cohorts import Cohorts
 from fedhead.server.marks import newest

@@ -14,9 +14,10 @@ from fedhead.common.config import RunConfig
 from fedhead.common.errors import InputError, Refused
 from fedhead.common.planned import central, counted, most_participations, planned_steps
 from fedhead.common.privacy.events import CountEvent, Event, GaussianEvent, PoissonEvent
-from fedhead.common.privacy.filters import Limit, Terms, Totals, admits, charge_of, left, spent
+from fedhead.common.privacy.filters import Limit, Totals, admits, charge_of, left, spent
 from fedhead.common.privacy.ledger import DomainSummary, Ledger
 from fedhead.common.privacy.planning import cost
+from fedhead.common.privacy.terms import Terms
 from fedhead.server.cohorts import Cohorts
 
 DOMAIN: Final = "default"

@@ -29,7 +29,8 @@ from fedhead.common import protocol
 from fedhead.common.preparation import Labelled
 from fedhead.common.privacy.audit.findings import Check
 from fedhead.common.privacy.ledger import Ledger
-from fedhead.common.protocol import Asked, RoundRequest, pack
+from fedhead.common.protocol import Asked, pack
+from fedhead.common.round_request import RoundRequest
 
 FloatArray = NDArray[np.float64]
 

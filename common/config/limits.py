@@ -12,7 +12,7 @@ from pydantic import Field
 from fedhead.common.config.tables import Table
 
 if TYPE_CHECKING:
-    from fedhead.common.privacy.filters import Terms
+    from fedhead.common.privacy.terms import Terms
 
 Unit = Literal["record", "person", "holder"]
 
@@ -54,7 +54,7 @@ class Budget(Table):
 
     def terms(self) -> Terms:
         """The budget as the filter reads it."""
-        from fedhead.common.privacy.filters import Terms  # brings numpy, which reading a recipe doesn't need
+        from fedhead.common.privacy.terms import Terms  # brings numpy, which reading a recipe doesn't need
 
         run = self.per_run
         return Terms(

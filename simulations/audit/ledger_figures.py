@@ -29,7 +29,8 @@ from fedhead.common.privacy.audit.recount import (
     whole_mu_squared,
 )
 from fedhead.common.privacy.events import Event, NoPrivacyEvent, PoissonEvent
-from fedhead.common.privacy.filters import Terms, Totals, least, left, spent
+from fedhead.common.privacy.filters import Totals, least, left, spent
+from fedhead.common.privacy.terms import Terms
 
 DELTA = 1e-5  # where neither a budget nor the user names one; each Poisson plan's own comes on top
 

@@ -23,7 +23,7 @@ from fedhead.common.models.trainable import Trainable
 from fedhead.common.preparation import Labelled, featurize, load_backbone_for, make_trainable, read_split
 from fedhead.common.privacy.events import Event
 from fedhead.common.privacy.noise import Streams
-from fedhead.common.protocol import RoundRequest
+from fedhead.common.round_request import RoundRequest
 from fedhead.common.tasks import Task, make_task
 from fedhead.server.desk import declared_records
 from fedhead.server.requests import make_plan

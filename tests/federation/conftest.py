@@ -17,8 +17,8 @@ from fedhead.common.config import make_config, to_json
 from fedhead.common.models.backbones import load_backbone
 from fedhead.common.privacy.events import from_json
 from fedhead.common.privacy.ledger import Ledger
-from fedhead.common.protocol import RoundRequest
 from fedhead.common.refusals import TEXTS
+from fedhead.common.round_request import RoundRequest
 
 HOLDER = """
 name = "st-mary"

@@ -11,9 +11,9 @@ from dp_accounting.pld import PLDAccountant
 
 from fedhead.common.errors import RunError
 from fedhead.common.privacy.events import CountEvent, GaussianEvent, from_json
-from fedhead.common.privacy.filters import Terms
 from fedhead.common.privacy.ledger import Granted, Ledger, Reservation
 from fedhead.common.privacy.ledger.transactions import Transactions
+from fedhead.common.privacy.terms import Terms
 from fedhead.simulations.simulate import simulate
 
 RECIPE = """

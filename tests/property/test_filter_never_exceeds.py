@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from fedhead.common.privacy.events import CountEvent, GaussianEvent, PoissonEvent
-from fedhead.common.privacy.filters import Charge, Terms, Totals, admits, charge_of
+from fedhead.common.privacy.filters import Charge, Totals, admits, charge_of
+from fedhead.common.privacy.terms import Terms
 
 DELTA = 1e-3
 RUNS = (0, 1, 2)

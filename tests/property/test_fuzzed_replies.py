@@ -22,7 +22,6 @@ from fedhead.common.errors import RunError
 from fedhead.common.npy import read_npy
 from fedhead.common.privacy.events import CountEvent, NoPrivacyEvent, from_json
 from fedhead.common.privacy.ledger import Mark
-from fedhead.common.protocol import RoundRequest
 from fedhead.common.refusals import (
     BEYOND_BUDGET,
     CHANGED_ROUND,
@@ -31,6 +30,7 @@ from fedhead.common.refusals import (
     TEXTS,
     TRAINING_FAILED,
 )
+from fedhead.common.round_request import RoundRequest
 from fedhead.server import rounds as rounds_module
 from fedhead.server.cohorts import Cohorts
 from fedhead.server.metrics import estimate

@@ -21,9 +21,9 @@ from fedhead.common import protocol
 from fedhead.common.privacy.audit import ledger as audit
 from fedhead.common.privacy.audit.ledger import read
 from fedhead.common.privacy.events import CountEvent, GaussianEvent, NoPrivacyEvent, PoissonEvent, from_json
-from fedhead.common.privacy.filters import Terms
 from fedhead.common.privacy.ledger import Granted, Ledger, LedgerError, Plan, Reservation
 from fedhead.common.privacy.ledger.chain import hash_of
+from fedhead.common.privacy.terms import Terms
 from fedhead.simulations.audit.ledger_contents import check_contents
 from fedhead.simulations.audit.ledger_rows import read_file
 from fedhead.simulations.audit.ledgers import audit_ledgers

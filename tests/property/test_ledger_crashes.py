@@ -32,8 +32,8 @@ import pytest
 
 from fedhead.common.failpoints import FAILPOINTS, installed
 from fedhead.common.privacy.events import GaussianEvent
-from fedhead.common.privacy.filters import Terms
 from fedhead.common.privacy.ledger import Granted, Ledger, LedgerError, Repeated, Reservation, store
+from fedhead.common.privacy.terms import Terms
 
 EVENT = GaussianEvent(40.0, 1.0, 1)
 COST = Fraction(1, 40**2)

@@ -15,8 +15,8 @@ from fedhead.common.config import changed, make_config
 from fedhead.common.errors import RunError
 from fedhead.common.privacy.accounting import epsilon
 from fedhead.common.privacy.events import CountEvent, GaussianEvent, PoissonEvent
-from fedhead.common.privacy.filters import Terms
 from fedhead.common.privacy.ledger import Granted, Ledger, Reservation
+from fedhead.common.privacy.terms import Terms
 from fedhead.simulations import plans
 from fedhead.simulations.afford import parts_of
 from fedhead.simulations.simulate import simulate

@@ -14,7 +14,7 @@ Guarantee: a chain without a fault charges each reserve at least its exact cost,
 it, and never went beyond its declared terms. The chain can't show what left the holder without a row, that its end was
 cut off, or that it was written anew as a whole: stored bytes, and marks that somebody else keeps, do.
 
-This module must not import state.py, admission.py or filters.py: the same mistake would be made twice.
+This module must not import state.py, admission.py, filters.py or terms.py: the same mistake would be made twice.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ Figures = tuple[float, float, float]  # mu_squared, epsilon, delta
 
 @dataclass(frozen=True)
 class Declared:
-    """A budget as a row declares it; see `fedhead.common.privacy.filters.Terms` for what its numbers mean."""
+    """A budget as a row declares it; see `fedhead.common.privacy.terms.Terms` for what its numbers mean."""
 
     epsilon: float
     delta: float

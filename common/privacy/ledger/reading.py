@@ -12,10 +12,11 @@ from typing import Final
 
 from fedhead.common.failpoints import reach
 from fedhead.common.privacy.accounting import Spent
-from fedhead.common.privacy.filters import Left, Terms, Totals, least, left, spent
+from fedhead.common.privacy.filters import Left, Totals, least, left, spent
 from fedhead.common.privacy.ledger.chain import GENESIS, Entry, LedgerError, Mark, digest_of
 from fedhead.common.privacy.ledger.files import damaged, failures, fill, sync_folder
 from fedhead.common.privacy.ledger.state import Domain, State
+from fedhead.common.privacy.terms import Terms
 
 
 @dataclass(frozen=True)

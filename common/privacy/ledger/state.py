@@ -14,8 +14,9 @@ from typing import Any, Literal, NamedTuple
 
 from fedhead.common.errors import InputError
 from fedhead.common.privacy.events import Event, PoissonEvent, from_json
-from fedhead.common.privacy.filters import Terms, Totals, charge_of
+from fedhead.common.privacy.filters import Totals, charge_of
 from fedhead.common.privacy.ledger.chain import GENESIS, KINDS, Entry, Mark, hash_of
+from fedhead.common.privacy.terms import Terms
 
 Status = Literal["reserved", "released", "abandoned"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fedhead.common.privacy.filters import Terms, Totals, charge_of
+from fedhead.common.privacy.filters import Totals, charge_of
 from fedhead.common.privacy.ledger import reading
 from fedhead.common.privacy.ledger.admission import (
     MOST,
@@ -25,6 +25,7 @@ from fedhead.common.privacy.ledger.files import damaged
 from fedhead.common.privacy.ledger.reading import DomainSummary
 from fedhead.common.privacy.ledger.state import Reserve, State, event_text
 from fedhead.common.privacy.ledger.transactions import Transactions
+from fedhead.common.privacy.terms import Terms
 
 
 class Declaration(NamedTuple):

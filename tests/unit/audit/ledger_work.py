@@ -4,13 +4,13 @@ import torch
 
 from fedhead.common import protocol
 from fedhead.common.privacy.events import CountEvent, GaussianEvent, PoissonEvent
-from fedhead.common.privacy.filters import Terms
 from fedhead.common.privacy.ledger import (
     Granted,
     Ledger,
     Plan,
     Reservation,
 )
+from fedhead.common.privacy.terms import Terms
 from fedhead.simulations.audit.ledgers import (
     passed,
 )

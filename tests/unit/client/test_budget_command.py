@@ -10,8 +10,8 @@ from scipy.stats import norm
 
 from fedhead.common.privacy.accounting import epsilon
 from fedhead.common.privacy.events import CountEvent, GaussianEvent, NoPrivacyEvent, PoissonEvent, from_json
-from fedhead.common.privacy.filters import Terms
 from fedhead.common.privacy.ledger import Ledger, LedgerError, Plan, Reservation, verify_statement
+from fedhead.common.privacy.terms import Terms
 from fedhead.simulations.budgets import read_budgets
 
 

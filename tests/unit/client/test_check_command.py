@@ -15,8 +15,8 @@ from scipy.stats import norm
 from fedhead.client.checking import check_holder
 from fedhead.client.holder import load_holder
 from fedhead.common.privacy.events import GaussianEvent
-from fedhead.common.privacy.filters import Terms
 from fedhead.common.privacy.ledger import Ledger, Reservation
+from fedhead.common.privacy.terms import Terms
 from fedhead.server.keys import make_keys
 
 FILES = run_path(str(Path(__file__).with_name("holder_files.py")))

@@ -11,7 +11,6 @@ from fedhead.client.policy import check_request
 from fedhead.common.config.limits import Limits, ReleaseLimits
 from fedhead.common.config.schema import SGD
 from fedhead.common.errors import Refused
-from fedhead.common.protocol import RoundRequest
 from fedhead.common.refusals import (
     LARGE_CLIPPING_NORM,
     LITTLE_NOISE,
@@ -22,6 +21,7 @@ from fedhead.common.refusals import (
     OTHER_UNIT,
     TEXTS,
 )
+from fedhead.common.round_request import RoundRequest
 
 GOOD = {
     "run": "r", "round": 1, "task": "classification", "backbone": "ab" * 32, "unit": "record",

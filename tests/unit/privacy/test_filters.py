@@ -13,10 +13,11 @@ from scipy.special import ndtr
 from fedhead.common.errors import InputError
 from fedhead.common.privacy.accounting import epsilon
 from fedhead.common.privacy.events import CountEvent, GaussianEvent, NoPrivacyEvent, PoissonEvent
-from fedhead.common.privacy.filters import Charge, Terms, Totals, admits, charge_of, left, spent
+from fedhead.common.privacy.filters import Charge, Totals, admits, charge_of, left, spent
 from fedhead.common.privacy.gaussian import gdp_delta, gdp_epsilon, mu_for
 from fedhead.common.privacy.planning import noise_multiplier_for
 from fedhead.common.privacy.rounding import above, below, difference_below, root_above, sum_above
+from fedhead.common.privacy.terms import Terms
 
 FINITE = st.floats(0, 1e300)
 BUDGETS = st.builds(Terms, st.floats(1e-3, 200), st.floats(1e-12, 0.4), st.floats(0, 1))

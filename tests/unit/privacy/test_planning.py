@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from fedhead.common.errors import InputError
 from fedhead.common.privacy.accounting import epsilon
 from fedhead.common.privacy.events import CountEvent, GaussianEvent, PoissonEvent
-from fedhead.common.privacy.filters import Terms, Totals, admits, charge_of
+from fedhead.common.privacy.filters import Totals, admits, charge_of
 from fedhead.common.privacy.planning import MOST_ROUNDS, cost, noise_multiplier_for, rounds_for
+from fedhead.common.privacy.terms import Terms
 
 
 @pytest.mark.parametrize("target", [1e-3, 0.1, 3.0, 50.0])

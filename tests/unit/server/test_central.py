@@ -12,8 +12,8 @@ from fedhead.common.config import changed, make_config
 from fedhead.common.errors import RunError
 from fedhead.common.privacy.accounting import epsilon
 from fedhead.common.privacy.events import GaussianEvent, from_json
-from fedhead.common.privacy.filters import Terms
 from fedhead.common.privacy.ledger import Ledger
+from fedhead.common.privacy.terms import Terms
 from fedhead.server import central as module
 from fedhead.server.central import DOMAIN, Central, central_of
 from fedhead.server.requests import make_plan

@@ -12,7 +12,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedhead.common import protocol
 from fedhead.common.privacy.events import GaussianEvent
-from fedhead.common.protocol import RoundRequest
+from fedhead.common.round_request import RoundRequest
 from fedhead.server.cohorts import Cohorts
 from fedhead.server.rounds import Rounds, around
 

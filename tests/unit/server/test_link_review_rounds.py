@@ -14,8 +14,8 @@ from fedhead.common import protocol
 from fedhead.common.errors import RunError
 from fedhead.common.privacy.events import GaussianEvent, NoPrivacyEvent, PoissonEvent
 from fedhead.common.privacy.ledger import Mark
-from fedhead.common.protocol import RoundRequest
 from fedhead.common.refusals import BEYOND_BUDGET, LITTLE_NOISE, NOT_READY, OLD_LEDGER, refusal
+from fedhead.common.round_request import RoundRequest
 from fedhead.server.cohorts import Cohorts
 from fedhead.server.rounds import Rounds, around
 

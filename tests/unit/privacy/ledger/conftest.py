@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fedhead.common.privacy.filters import Terms
 from fedhead.common.privacy.ledger import Ledger
+from fedhead.common.privacy.terms import Terms
 
 
 @pytest.fixture

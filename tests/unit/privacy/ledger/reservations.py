@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from fedhead.common.privacy.events import GaussianEvent, PoissonEvent
-from fedhead.common.privacy.filters import Terms
 from fedhead.common.privacy.ledger import Ledger, Mark, Plan, Reservation
+from fedhead.common.privacy.terms import Terms
 
 ONE = GaussianEvent(10.0, 1.0, 1)  # costs 0.01 of mu squared
 TERMS = Terms(1.0, 1e-5)  # mu squared 0.0718...: seven of them

@@ -8,7 +8,7 @@ from runpy import run_path
 import pytest
 
 from fedhead.common.privacy.events import PoissonEvent
-from fedhead.common.privacy.filters import Terms, Totals, charge_of
+from fedhead.common.privacy.filters import Totals, charge_of
 from fedhead.common.privacy.ledger import (
     Declaration,
     Denied,
@@ -19,6 +19,7 @@ from fedhead.common.privacy.ledger import (
     Plan,
     Reservation,
 )
+from fedhead.common.privacy.terms import Terms
 
 SHARED = run_path(str(Path(__file__).with_name("reservations.py")))
 PLAN, POISSON, TERMS, kinds, one, want = (SHARED[name] for name in ("PLAN", "POISSON", "TERMS", "kinds", "one", "want"))

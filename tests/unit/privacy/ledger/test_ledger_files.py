@@ -16,8 +16,8 @@ from runpy import run_path
 import pytest
 
 from fedhead.common.failpoints import FAILPOINTS, installed
-from fedhead.common.privacy.filters import Terms
 from fedhead.common.privacy.ledger import GENESIS, Granted, Ledger, LedgerError, Mark, stored_mark
+from fedhead.common.privacy.terms import Terms
 
 SHARED = run_path(str(Path(__file__).with_name("reservations.py")))
 ROUNDS, fill, one, want = (SHARED[name] for name in ("ROUNDS", "fill", "one", "want"))
@@ -31,7 +31,7 @@ def test_the_package_imports_neither_torch_nor_an_accountant(tmp_path: Path):
     code = (
         "import sys; from pathlib import Path\n"
         "from fedhead.common.privacy.ledger import *\n"
-        "from fedhead.common.privacy.events import GaussianEvent; from fedhead.common.privacy.filters import Terms\n"
+        "from fedhead.common.privacy.events import GaussianEvent; from fedhead.common.privacy.terms import Terms\n"
         "ledger = Ledger(Path(sys.argv[1])); ledger.declare('ann', 'notes', Terms(1.0, 1e-5))\n"
         "event = GaussianEvent(10., 1., 1)\n"
         "(got,) = ledger.reserve([Reservation('ann', 'notes', 'run', 1, 'd', event, 'record', 'f', 'os')])\n"

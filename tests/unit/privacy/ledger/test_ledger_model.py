@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedhead.common.privacy.events import CountEvent, GaussianEvent
-from fedhead.common.privacy.filters import Terms
 from fedhead.common.privacy.ledger import Denied, Granted, Ledger, LedgerError, Repeated, Reservation, store
+from fedhead.common.privacy.terms import Terms
 
 DOMAINS = ("a", "b", "c")
 EVENTS = (GaussianEvent(10.0, 1.0, 1), GaussianEvent(7.0, 1.0, 2), GaussianEvent(25.0, 2.0, 3))

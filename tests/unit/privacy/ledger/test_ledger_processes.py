@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from fedhead.common.privacy.events import GaussianEvent
-from fedhead.common.privacy.filters import Terms, Totals, charge_of
+from fedhead.common.privacy.filters import Totals, charge_of
 from fedhead.common.privacy.ledger import Denied, Granted, Ledger, LedgerError, Reservation, store
+from fedhead.common.privacy.terms import Terms
 
 EVENT = GaussianEvent(30.0, 1.0, 1)
 TERMS = Terms(1.0, 1e-5)

@@ -9,7 +9,6 @@ import pytest
 
 from fedhead.common.errors import InputError
 from fedhead.common.privacy.events import CountEvent, GaussianEvent, NoPrivacyEvent
-from fedhead.common.privacy.filters import Terms
 from fedhead.common.privacy.ledger import (
     Declaration,
     Denied,
@@ -19,6 +18,7 @@ from fedhead.common.privacy.ledger import (
     Plan,
     Repeated,
 )
+from fedhead.common.privacy.terms import Terms
 
 SHARED = run_path(str(Path(__file__).with_name("reservations.py")))
 PLAN, POISSON, TERMS, kinds, one, total, want = (

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from fedhead.common.privacy.events import GaussianEvent, NoPrivacyEvent
-from fedhead.common.privacy.filters import Terms
 from fedhead.common.privacy.ledger import Ledger, LedgerError, Reservation, load_key, statement, verify_statement
 from fedhead.common.privacy.ledger.statements import public_key
+from fedhead.common.privacy.terms import Terms
 
 
 @pytest.fixture

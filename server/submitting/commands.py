@@ -17,7 +17,7 @@ from fedhead.common.errors import FedheadError, InputError, RunError
 from fedhead.server.link.state import read_secret
 from fedhead.server.server_file import ServerFile
 from fedhead.server.submitting import flower
-from fedhead.server.submitting.waiting import LinkLost, TimeUp, Waiting
+from fedhead.server.submitting.waiting import Away, LinkLost, TimeUp, Waiting
 
 _REACH_SECONDS: Final = 10.0  # for an answer of a server that is on this machine
 _RUNS: Final = 20  # that are listed; nobody has more of them unfinished
@@ -89,13 +89,13 @@ class Commands:
 
     Notes
     -----
-    Every command raises `LinkLost` when the server is away for so long, and InputError when it is the server of
+    Every command raises `Away` when the server is away for so long, and InputError when it is the server of
     another file.
     """
 
     def __init__(self, server: ServerFile, seconds: float) -> None:
         self._server = server
-        self.waiting = Waiting(seconds, self._refused, lambda: LinkLost(self._away()))
+        self.waiting = Waiting(seconds, self._refused, lambda: Away(self._away()))
         self._client = flower.control(server.control, secret(server, server.token_file), self.waiting)
 
     def nodes(self) -> list[Seen]:

@@ -17,7 +17,7 @@ from fedhead.common.errors import RunError
 from fedhead.server.server_file import ServerFile
 from fedhead.server.submitting.commands import Commands, Seen
 from fedhead.server.submitting.lock import held, owner_of
-from fedhead.server.submitting.waiting import LinkLost, TimeUp
+from fedhead.server.submitting.waiting import Away, TimeUp
 
 _SECONDS: Final = 5.0  # that the server has for an answer
 _LISTED: Final = 5  # runs
@@ -95,7 +95,7 @@ def stop_run(server: ServerFile) -> dict[str, Any]:
             open_ = [run.flower_run for run in commands.runs() if not run.finished]
             stopped = [run for run in open_ if commands.stop(run)]
     except TimeUp:
-        raise LinkLost(f"the server at {server.control} gave no answer within {_SECONDS:.0f} s. See its log.") from None
+        raise Away(f"the server at {server.control} gave no answer within {_SECONDS:.0f} s. See its log.") from None
     finally:
         commands.close()
     return {"stopped": stopped, "process": None if stopped else _end(server)}

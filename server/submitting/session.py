@@ -19,9 +19,9 @@ from fedhead.server.submitting import flower
 from fedhead.server.submitting.commands import Commands, not_running, secret
 from fedhead.server.submitting.grid import DeployedGrid
 from fedhead.server.submitting.lock import SubmitLock
-from fedhead.server.submitting.waiting import LinkLost, Stopped, TimeUp, Waiting
+from fedhead.server.submitting.waiting import Away, LinkLost, Stopped, TimeUp, Waiting
 
-__all__ = ["DeployedGrid", "LinkLost", "Outcome", "Registered", "Session", "Stopped"]
+__all__ = ["Away", "DeployedGrid", "LinkLost", "Outcome", "Registered", "Session", "Stopped"]
 
 Outcome = Literal["completed", "failed", "stopped"]
 
@@ -48,6 +48,9 @@ class Session:
         Seconds for which the server may be away.
     lock : SubmitLock, optional
         Of this server, where the caller has it and will give it back; left out, the session takes its own.
+    seen : bool
+        Whether the server was there a while ago. Then the session waits for it from the start; else a server that
+        isn't there is told at once.
 
     Attributes
     ----------
@@ -58,7 +61,7 @@ class Session:
     Raises
     ------
     RunError
-        The server isn't running, or another run is under way.
+        Another run is under way; as `Away`: the server isn't running; as `LinkLost`: it doesn't take the run.
     InputError
         The server's files can't be used, or belong to another server.
 
@@ -70,7 +73,13 @@ class Session:
     """
 
     def __init__(
-        self, server: ServerFile, recipe: str, patience: float = 600.0, lock: SubmitLock | None = None
+        self,
+        server: ServerFile,
+        recipe: str,
+        patience: float = 600.0,
+        lock: SubmitLock | None = None,
+        *,
+        seen: bool = False,
     ) -> None:
         self._closed, self.flower_run = False, 0
         self._server, self._names = server, {key: name for name, key in server.public_pems().items()}
@@ -78,7 +87,7 @@ class Session:
             raise RunError(not_running(server))
         self._lock = SubmitLock(server.submit_lock) if lock is None else None
         try:
-            self._start(recipe, patience)
+            self._start(recipe, patience, patience if seen else 0.0)
         except BaseException:
             self._abandon()
             if self._lock is not None:
@@ -91,7 +100,7 @@ class Session:
         Raises
         ------
         LinkLost
-            The server was away for longer than the session's patience, or has given the run up.
+            The server has given the run up; as `Away`: it was away for longer than the session's patience.
         Stopped
             Somebody stopped the run.
         """
@@ -136,10 +145,10 @@ class Session:
     ) -> None:
         self.close("stopped" if isinstance(error, KeyboardInterrupt | SystemExit | Stopped) else "failed")
 
-    def _start(self, recipe: str, patience: float) -> None:
+    def _start(self, recipe: str, patience: float, first: float) -> None:
         server = self._server
         proof = secret(server, server.secret_file).encode()
-        probe = Commands(server, 0.0)
+        probe = Commands(server, first)
         for run in probe.runs():
             if not run.finished:
                 probe.stop(run.flower_run)
@@ -147,7 +156,7 @@ class Session:
         self._commands = Commands(server, patience)
         self.flower_run = self._commands.start(recipe)
         self._token = self._take(proof)
-        self._waiting = Waiting(patience, self._why, lambda: LinkLost(self._silent(patience)))
+        self._waiting = Waiting(patience, self._why, lambda: Away(self._silent(patience)))
         self._client = flower.runtime(server.control, self._token, self._waiting)
         task = self._client.PullTaskInput(flower.PullTaskInputRequest())
         flower.enter(task.task_id, task.run.run_id, task.context.node_id)
@@ -214,7 +223,7 @@ class _Pulse(threading.Thread):
         super().__init__(name="fedhead-pulse", daemon=True)
         self._ended = threading.Event()
         # A refusal ends it quietly; whoever sends the next request learns why.
-        self._waiting = Waiting(0.0, lambda: Stopped("refused"), lambda: LinkLost("away"))
+        self._waiting = Waiting(0.0, lambda: Stopped("refused"), lambda: Away("away"))
         self._client = flower.runtime(server.control, token, self._waiting)
 
     def stop(self) -> None:

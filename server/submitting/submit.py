@@ -30,12 +30,12 @@ from fedhead.server.submitting.commands import not_running
 from fedhead.server.submitting.lock import SubmitLock
 from fedhead.server.submitting.notes import notes_of
 from fedhead.server.submitting.runfile import RunFile
-from fedhead.server.submitting.session import LinkLost, Session, Stopped
+from fedhead.server.submitting.session import Away, LinkLost, Session, Stopped
 
 log = logging.getLogger("fedhead.server")
 
 STARTS: Final = 5
-"""Most Flower runs that one run of ours may take: a link that is down for long ends Flower's."""
+"""Most Flower runs that one run of ours may take: a server that is away for a minute gives Flower's up."""
 
 
 def submit(
@@ -54,7 +54,7 @@ def submit(
     config : RunConfig
         As `deployable` gives it.
     server : ServerFile
-        Of the link, which must be running on this machine.
+        Of the link, on this machine. Whenever it is away, it is waited for, ten minutes at most.
     folder : Path
         Of the results; checkpoints lie below it.
     name : str
@@ -112,11 +112,11 @@ def _hold(
     for start in range(1, STARTS + 1):
         try:
             # where the recipe lies on this machine is not for the holders to know
-            with Session(server, to_json(desk.config, base=False), lock=lock) as session:
+            with Session(server, to_json(desk.config, base=False), lock=lock, seen=True) as session:
                 outcome = _coordinator(desk, server, key, folder, resumed, told, session).run()
                 session.close("completed")
                 return outcome
-        except Stopped:
+        except (Stopped, Away):
             raise
         except LinkLost as error:
             if start == STARTS:

@@ -4,7 +4,7 @@
     refused (401, 403)   Stopped or LinkLost, as the server's list of runs tells them apart
     away, or HTTP 5xx    again, with pauses of at most a second, until
         `until`          TimeUp: the caller's own deadline; not an error
-        `seconds`        LinkLost
+        `seconds`        Away
         leave()          Leaving: this process is going
     any other answer     RunError
 
@@ -35,7 +35,11 @@ _Item = TypeVar("_Item")
 
 
 class LinkLost(RunError):
-    """The server can't be reached for longer than `patience`, or it has given the run up and nobody stopped it."""
+    """The server has given the run up, and nobody stopped it; a new one can go on."""
+
+
+class Away(LinkLost):
+    """The server was away for as long as it was waited for; waiting again would be more of the same."""
 
 
 class Stopped(RunError):

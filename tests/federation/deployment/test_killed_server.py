@@ -43,6 +43,7 @@ def test_a_server_that_is_killed_and_started_again_goes_on_by_itself(federation)
 
     submit = ours.submit()
     ours.until_state(submit, "waiting")
+    restart()  # before the run has asked the server for anything, or just then
     restart(1.0, "between")  # while the run waits for a second holder
     joined["south"] = ours.join("south")[0]
     ours.after_round(submit, 1)

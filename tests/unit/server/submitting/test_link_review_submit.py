@@ -29,7 +29,7 @@ from fedhead.server.rounds import RoundRecord
 from fedhead.server.submitting import submit as module
 from fedhead.server.submitting.control import status_of
 from fedhead.server.submitting.lock import SubmitLock
-from fedhead.server.submitting.session import LinkLost, Session, Stopped
+from fedhead.server.submitting.session import Away, LinkLost, Session, Stopped
 
 
 class Ended(Exception):
@@ -113,6 +113,22 @@ def test_it_starts_again_from_a_checkpoint_of_its_own_only(config, server_file, 
     with pytest.raises(Ended):
         go(config, server_file, out)
     assert seen == [None, "new" if told else None]
+
+
+@pytest.mark.parametrize(("error", "starts"), [(LinkLost, 5), (Away, 1), (Stopped, 1)])
+def test_how_often_it_starts_again(config, server_file, tmp_path, monkeypatch, error, starts):
+    """A run that was given up is begun anew, four times at most; a server that stayed away was waited for enough."""
+    given = []
+
+    def session(*_, **settings):
+        given.append(settings["seen"])  # `submit` has looked for the server before: it waits for one that is away
+        raise error("gone")
+
+    monkeypatch.setattr(module, "prepare_deployed", lambda _: SimpleNamespace(timing={}, config=config))
+    monkeypatch.setattr(module, "Session", session)
+    with pytest.raises(error, match="gone"):
+        go(config, server_file, tmp_path / "out")
+    assert given == [True] * starts
 
 
 def test_a_folder_without_a_model_is_not_taken_for_a_whole_run(config, server_file, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -29,7 +30,7 @@ from flwr.proto.task_pb2 import Task
 from fedhead.common.errors import FedheadError, InputError, RunError
 from fedhead.server.submitting import session as module
 from fedhead.server.submitting.lock import SubmitLock, held
-from fedhead.server.submitting.session import LinkLost, Session, Stopped
+from fedhead.server.submitting.session import Away, LinkLost, Session, Stopped
 
 OUTPUT, BEAT = "/v1/runtime/push-task-output", "/v1/runtime/send-task-heartbeat"
 NODES = "/v1/runtime/get-nodes"
@@ -254,6 +255,26 @@ def test_a_server_that_does_not_run(link, server_file):
     with pytest.raises(RunError, match=r'Start it first: "fedhead serve SERVER.toml"') as caught:
         Session(server_file, "{}")
     one_line(caught.value, RunError)
+    assert not held(server_file.submit_lock)
+
+
+def test_a_server_that_was_seen_before_is_waited_for_from_the_start(control, link, server_file):
+    link.stop()
+    back = threading.Timer(0.7, link.start)
+    back.start()
+    try:
+        with Session(server_file, "{}", seen=True) as session:
+            assert session.flower_run == 5
+    finally:
+        back.join()
+
+
+def test_a_server_that_was_seen_before_is_waited_for_by_the_sessions_patience(control, link, server_file):
+    link.stop()
+    began = time.monotonic()
+    with pytest.raises(Away, match="gave no answer for 1 s"):
+        Session(server_file, "{}", patience=1.0, seen=True)
+    assert time.monotonic() - began >= 1
     assert not held(server_file.submit_lock)
 
 

@@ -150,6 +150,16 @@ def _not_ready(message: Message, context: Context, arrived: float, fault: Except
     return protocol.refuse(message, refused, name, mark)
 
 
+def failed(message: Message, context: Context) -> Message:
+    """The reply to a message on which the app raised, such as one of a kind that it doesn't know; it never fails."""
+    try:
+        name, mark = _closed(context)
+    except Exception as error:  # the boundary
+        log.error("where the ledger stands can't be told: %s", type(error).__name__)
+        name, mark = "", None
+    return protocol.refuse(message, refusal(TRAINING_FAILED), name, mark)
+
+
 def _late(message: Message, context: Context) -> Message:
     """The reply of a deployed holder to a message of a round that is over: for it nothing is opened."""
     name, mark = _closed(context)

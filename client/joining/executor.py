@@ -138,9 +138,9 @@ def one(task: Task, holder: str, app: Callable[[Message, Context], Message]) -> 
     """
     from flwr.app import MessageType
 
+    from fedhead.client.app import failed
     from fedhead.client.timing import without_times
-    from fedhead.common import protocol
-    from fedhead.common.refusals import TRAINING_FAILED, refusal
+    from fedhead.common.refusals import TRAINING_FAILED
 
     try:
         pulled = task.pull(holder)
@@ -157,7 +157,7 @@ def one(task: Task, holder: str, app: Callable[[Message, Context], Message]) -> 
         reply = app(message, context)
     except Exception:  # a kind of message that the app doesn't know; its text stays here
         log.exception("a message could not be answered")
-        reply = protocol.refuse(message, refusal(TRAINING_FAILED), "")
+        reply = failed(message, context)
     seconds = time.monotonic() - started
     without_times(reply, message)
     try:

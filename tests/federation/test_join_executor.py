@@ -10,6 +10,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedhead.client import app as client_app
 from fedhead.client.checking import check_holder
 from fedhead.client.joining import executor, pipe
+from fedhead.common import protocol
+from fedhead.common.errors import InputError
+from fedhead.common.privacy.ledger import Ledger
 from fedhead.common.refusals import STALE_ROUND, TEXTS, TRAINING_FAILED
 
 
@@ -100,6 +103,33 @@ def test_what_the_app_does_not_know_is_answered_with_a_fixed_text(holder, events
     executor.one(task, str(holder.file), holder.app)
     (reply,) = task.replies
     assert reply.error.code == TRAINING_FAILED
+    assert reply.error.reason == f'{{"holder": "st-mary", "text": "{TEXTS[TRAINING_FAILED]}"}}'
+
+
+@pytest.mark.parametrize("records_open", [True, False])
+def test_what_the_app_does_not_know_says_where_the_ledger_stands(holder, events, records_open):
+    assert not holder.ask().has_error()
+    with Ledger(holder.ledger) as ledger:
+        end = ledger.mark("st-mary")
+    if not records_open:
+        holder.restart()
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    task = FakeTask(Message(RecordDict(), 2, "train.other"), context_of(holder))
+    executor.one(task, str(holder.file), holder.app)
+    (reply,) = task.replies
+    assert (protocol.read_holder(reply), protocol.read_mark(reply)) == ("st-mary", end)
+
+
+@pytest.mark.parametrize("error", [OSError("record 17"), InputError("/home/st-mary")])
+def test_a_ledger_that_can_not_be_read_leaves_the_reply_without_a_mark(holder, events, monkeypatch, error):
+    def unreadable(_):
+        raise error
+
+    monkeypatch.setattr(client_app, "load_holder", unreadable)
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    task = FakeTask(Message(RecordDict(), 2, "train.other"), context_of(holder))
+    executor.one(task, str(holder.file), holder.app)
+    (reply,) = task.replies
     assert reply.error.reason == f'{{"holder": "", "text": "{TEXTS[TRAINING_FAILED]}"}}'
 
 
@@ -110,7 +140,7 @@ def test_an_exception_of_the_app_leaves_nothing_of_its_text(holder, events):
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     task = FakeTask(Message(RecordDict(), 2, MessageType.TRAIN), context_of(holder))
     executor.one(task, str(holder.file), failing)
-    assert task.replies[0].error.reason == f'{{"holder": "", "text": "{TEXTS[TRAINING_FAILED]}"}}'
+    assert task.replies[0].error.reason == f'{{"holder": "st-mary", "text": "{TEXTS[TRAINING_FAILED]}"}}'
     assert events[0]["code"] == TRAINING_FAILED
 
 

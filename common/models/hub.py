@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import urllib.request
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from fedhead.common.errors import ModelError
-from fedhead.common.models.weights import WEIGHT_FILES
+from fedhead.common.models.weights import NO_DOWNLOADS, WEIGHT_FILES, offline
 
 SMALL_FILES = ["*.json", "*.txt", "*.model"]  # configuration and tokenizer
 
@@ -65,6 +64,11 @@ def hub_folder(name: str, backbone: str) -> Path:
         cached = _snapshot(name, [*SMALL_FILES, *WEIGHT_FILES], local=True)
         if cached is not None:
             return cached
+        if offline():
+            raise ModelError(
+                f"{shown}: it is not in the hub's cache, and {NO_DOWNLOADS}or set model.weights to a folder with "
+                "config.json, the tokenizer and model.safetensors."
+            )
         if not _online():
             raise ModelError(
                 f"{shown}: it is not in the hub's cache and the hub can't be reached. Connect to the network once, or "
@@ -94,8 +98,6 @@ def _snapshot(name: str, patterns: list[str], local: bool) -> Path | None:
 
 def _online() -> bool:
     """Whether the hub's name resolves: its client would retry for half a minute before it says no."""
-    if constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE") == "1":
-        return False
     if urllib.request.getproxies():
         return True  # the proxy resolves the name
     try:

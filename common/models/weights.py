@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import pickle
 import re
 from collections import OrderedDict
@@ -23,6 +24,10 @@ from torch import Tensor, nn
 from fedhead.common.config.places import in_package, path_from
 from fedhead.common.errors import ModelError
 
+NO_DOWNLOADS = (
+    "HF_HUB_OFFLINE says not to download models, as it does at a holder that has joined. Fetch it once without it, "
+    'such as by "fedhead check HOLDER.toml --recipe RECIPE", '
+)
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder, in the order of preference
 
 
@@ -199,6 +204,13 @@ def renamed(state: Mapping[str, Tensor], pattern: re.Pattern[str]) -> dict[str, 
     return _with_versions(changed, state)
 
 
+def offline() -> bool:
+    """Whether no model may be downloaded, from whatever hub: at a holder that has joined a server would name it."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE) or os.environ.get("TRANSFORMERS_OFFLINE") == "1"
+
+
 def hub_file(url: str, backbone: str) -> Path:
     """A file of torchvision's hub, from torch.hub's cache or downloaded into it, its hash prefix checked.
 
@@ -212,13 +224,18 @@ def hub_file(url: str, backbone: str) -> Path:
     Raises
     ------
     ModelError
-        When the file is not there and can't be downloaded, or is not what its name promises.
+        When the file is not there and can't or may not be downloaded, or is not what its name promises.
     """
     name = url.rsplit("/", 1)[-1]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     found = re.search(r"-([a-f0-9]{6,})\.", name)
     prefix = found.group(1) if found else None
     if not path.is_file():
+        if offline():
+            raise ModelError(
+                f'model.backbone is "{backbone}": its weights {name} are not in torch.hub\'s cache, and {NO_DOWNLOADS}'
+                "or set model.weights to a copy of the file."
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=False)

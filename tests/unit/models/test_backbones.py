@@ -223,9 +223,14 @@ def test_folders_that_transformers_cannot_load(tmp_path, content):
     assert not (tmp_path / "ran").exists()
 
 
-def test_offline_hub(monkeypatch):
-    monkeypatch.setattr(hub, "_online", lambda: False)
-    with pytest.raises(ModelError, match=r"Connect to the network once, or set model\.weights to a folder") as error:
+@pytest.mark.parametrize(
+    ("allowed", "remedy"),
+    [(True, "Connect to the network once"), (False, r"HF_HUB_OFFLINE says .*\. Fetch it once .*")],
+)
+def test_offline_hub(monkeypatch, allowed, remedy):
+    monkeypatch.setattr(hub, "_online", lambda: False if allowed else pytest.fail("it looks for the hub"))
+    monkeypatch.setattr(hub, "offline", lambda: not allowed)
+    with pytest.raises(ModelError, match=rf"{remedy}, or set model\.weights to a folder") as error:
         load_backbone(ModelSettings(backbone="transformers:no-such/model"), Path())
     assert "\n" not in str(error.value)
 

@@ -1,10 +1,13 @@
 import hashlib
 import importlib
+import os
 import pickle
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -230,6 +233,32 @@ def test_hub_files(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="not what its name promises"):
         weights.hub_file(served.as_uri(), "torchvision:net")
     assert not path.exists()
+
+
+def test_a_hub_file_is_not_downloaded_where_models_are_not_to_be(tmp_path, monkeypatch):
+    """A holder that has joined: what a server names would be fetched at its word."""
+    content = b"weights"
+    name = f"net-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("it was downloaded"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"HF_HUB_OFFLINE says .*\. Fetch it once .* or set model\.weights") as error:
+        weights.hub_file(f"https://example.org/{name}", "torchvision:net")
+    one_line(error)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / name).write_bytes(content)  # once it is there, it is used
+    assert weights.hub_file(f"https://example.org/{name}", "torchvision:net") == tmp_path / "checkpoints" / name
+
+
+@pytest.mark.parametrize(("variable", "value", "found"), [
+    ("HF_HUB_OFFLINE", "1", True), ("HF_HUB_OFFLINE", "0", False), ("TRANSFORMERS_OFFLINE", "1", True),
+])  # fmt: skip
+def test_what_a_process_is_started_with_says_whether_models_are_downloaded(variable, value, found):
+    code = "from fedhead.common.models.weights import offline; print(offline())"
+    environment = {name: text for name, text in os.environ.items() if not name.endswith("_OFFLINE")} | {variable: value}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout == f"{found}\n"
 
 
 def test_digest_names_architecture_and_every_tensor():

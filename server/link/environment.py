@@ -54,7 +54,8 @@ def import_flower() -> None:
         Something of it has another name now; one line.
     """
     try:
-        importlib.import_module("fedhead.server.link.flower")
+        for name in ("flower", "nodes"):
+            importlib.import_module(f"fedhead.server.link.{name}")
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"flwr is version {version('flwr')}: a part that the server needs is not there ({error}). Install a 1.41 "

@@ -1,4 +1,4 @@
-"""All that the server's side uses of Flower 1.41, public or not. No other file of this package imports Flower.
+"""What the server's side uses of Flower 1.41, public or not; of its nodes in nodes.py. No other file imports Flower.
 
 Most of it is no public interface of Flower's, so the version is pinned, `check_flower` refuses another one, and
 tests/unit/server/link/test_link_flower.py notices a change of each thing used. `set_environment` comes before the first
@@ -43,7 +43,7 @@ from flwr.proto.message_pb2 import (
 from flwr.server.superlink.linkstate.sql_linkstate import _message_model_to_dict
 from flwr.server.superlink.linkstate.utils import dict_to_message
 from flwr.supercore.auth.typing import AccountInfo
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, NodeStatus
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
 from flwr.supercore.error import http_error_translator
 from flwr.supercore.inflatable.inflatable_object import get_object_children_ids_from_object_content
@@ -72,10 +72,9 @@ __all__ = [
     "ActivateNodeResponse", "ConfirmMessageReceivedRequest", "ConfirmMessageReceivedResponse",
     "NodeAuthMiddleware", "ObjectTree", "Open", "ProtobufRoute", "ProtobufTranslationMiddleware",
     "PullMessagesRequest", "PullMessagesResponse", "PullObjectRequest", "PullObjectResponse", "PushMessagesRequest",
-    "PushMessagesResponse", "PushObjectRequest", "PushObjectResponse", "Registration",
-    "answer_unavailable", "create_node", "delete_node", "fleet_handlers", "fleet_router", "give_again",
-    "http_error_translator", "is_in_upload", "make_inner", "node_of_message", "open_messages", "registrations",
-    "tree_of", "upload_of",
+    "PushMessagesResponse", "PushObjectRequest", "PushObjectResponse", "answer_unavailable", "fleet_handlers",
+    "fleet_router", "give_again", "http_error_translator", "is_in_upload", "make_inner", "node_of_message",
+    "open_messages", "tree_of", "upload_of",
 ]  # fmt: skip
 
 PUBLIC_KEY_HEADER: Final = FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode()
@@ -83,7 +82,6 @@ SIGNATURE_HEADER: Final = FLEET_HTTP_SIGNATURE_HEADER.lower().encode()
 TIME_HEADER: Final = TIMESTAMP_HEADER.lower().encode()
 
 CLEAN_UP_SECONDS: Final = 1.0
-_HEARTBEAT_SECONDS: Final = 30.0  # what Flower's own registration writes; a node says its own when it activates
 
 
 class TokenPlugin(NoOpControlAuthnPlugin):
@@ -208,45 +206,6 @@ def _set_parts(store: SqlObjectStore, name: str, parts: Sequence[str], *, bytes_
                 .where(StoredObject.object_id.in_(changed))
                 .values(ref_count=StoredObject.ref_count + step)
             )
-
-
-@dataclass(frozen=True)
-class Registration:
-    """A public key that the state knows."""
-
-    node: int
-    key: bytes
-    online: bool
-    deleted: bool
-
-
-def registrations(state: Any) -> list[Registration]:
-    """Every key that was ever registered."""
-    return [
-        Registration(info.node_id, bytes(info.public_key), info.status == NodeStatus.ONLINE, _deleted(info))
-        for info in state.get_node_info(owner_aids=[NOOP_FLWR_AID])
-    ]
-
-
-def _deleted(info: Any) -> bool:
-    return bool(info.status == NodeStatus.UNREGISTERED)
-
-
-def create_node(state: Any, key: bytes) -> int:
-    """Register a public key, in PEM.
-
-    Raises
-    ------
-    ValueError
-        The key is, or once was, registered.
-    """
-    node: int = state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, _HEARTBEAT_SECONDS)
-    return node
-
-
-def delete_node(state: Any, node: int) -> None:
-    """Take a node away for good."""
-    state.delete_node(NOOP_FLWR_AID, node)
 
 
 @dataclass(frozen=True)

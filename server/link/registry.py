@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from fedhead.server.link.flower import create_node, delete_node, registrations
+from fedhead.server.link.nodes import create_node, delete_node, registrations
 
 log = logging.getLogger("fedhead")
 

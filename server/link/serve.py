@@ -101,6 +101,7 @@ class _Link:
         from fedhead.server.link.figures import ServerFigures
         from fedhead.server.link.flower import make_inner
         from fedhead.server.link.listening import http_server
+        from fedhead.server.link.nodes import await_heartbeats
         from fedhead.server.link.private import make_private
         from fedhead.server.link.public import make_public
         from fedhead.server.link.registry import Registry
@@ -110,8 +111,10 @@ class _Link:
         self.figures.certificate(server.certificate)
         host, port = address_of(server.control)
         inner = make_inner(str(server.link_database), host, port, token, secret.encode())
-        self.registry: Registry = Registry(inner.state.linkstate_factory.state())
+        state = inner.state.linkstate_factory.state()
+        self.registry: Registry = Registry(state)
         self.registry.update(server.public_pems())
+        await_heartbeats(state)
         most = server.message_megabytes * 2**20
         self.public: Server = http_server(
             make_public(inner, self.registry, self.bell, most, self.figures), lifespan=False,

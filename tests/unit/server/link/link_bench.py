@@ -10,7 +10,7 @@ from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedhead.server.link import flower
+from fedhead.server.link import flower, nodes
 
 
 def pem(number):
@@ -34,7 +34,7 @@ def make_run(state):
 
 def make_node(state, number):
     """A node that is connected."""
-    node = flower.create_node(state, pem(number))
+    node = nodes.create_node(state, pem(number))
     assert state.activate_node(node, 30)
     return node
 

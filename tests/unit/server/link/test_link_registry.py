@@ -6,8 +6,12 @@ from runpy import run_path
 from types import SimpleNamespace
 
 import pytest
+from flwr.supercore.date import now
+from flwr.supercore.state.schema.linkstate_models import Node
+from flwr.supercore.utils import uint64_to_int64
+from sqlalchemy import update
 
-from fedhead.server.link.flower import registrations
+from fedhead.server.link.nodes import await_heartbeats, registrations
 from fedhead.server.link.registry import Registry
 
 BENCH = SimpleNamespace(**run_path(str(Path(__file__).with_name("link_bench.py"))))
@@ -103,3 +107,42 @@ def test_a_key_that_was_taken_away_is_refused_also_where_the_database_fails(stat
     with pytest.raises(OSError, match="disk"):
         registry.update({"north": A})
     assert set(registry.nodes) == {A}
+
+
+def heard(state, node, seconds):
+    """Have the state take a node for connected until so many seconds from now, whatever it said."""
+    with state.session() as session:
+        known = update(Node).where(Node.node_id == uint64_to_int64(node))
+        session.execute(known.values(online_until=now().timestamp() + seconds))
+
+
+def online(state):
+    return {found.node for found in registrations(state) if found.online}
+
+
+def test_after_a_restart_who_was_connected_has_time_for_a_heartbeat(state):
+    nodes = {seconds: BENCH.make_node(state, number) for number, seconds in enumerate((50, 5, -20, -59, -300), 1)}
+    left, new = BENCH.make_node(state, 8), BENCH.nodes.create_node(state, BENCH.pem(9))
+    for seconds, node in nodes.items():
+        heard(state, node, seconds)
+    assert state.deactivate_node(left)  # in order, before the server ended
+    await_heartbeats(state)
+    assert online(state) == {nodes[seconds] for seconds in (50, 5, -20, -59)}
+    until = {info.node_id: info.online_until for info in state.get_node_info()}
+    assert all(58 < until[node] - now().timestamp() <= 60 for node in online(state))
+    assert new not in online(state)
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_a_reply_is_not_lost_because_the_server_was_away(state, arrived):
+    """Nobody could send a heartbeat meanwhile."""
+    node = BENCH.make_node(state, 1)
+    run = BENCH.make_run(state)
+    message = BENCH.send(state, run, node)
+    name = message.metadata.message_id
+    if arrived:
+        BENCH.reply(state, run, message)
+    heard(state, node, -1)
+    await_heartbeats(state)
+    found = state.get_message_res({name}, run)
+    assert [reply.has_error() for reply in found] == ([False] if arrived else [])

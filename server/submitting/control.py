@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final
 
 from rich.console import Console
@@ -75,7 +75,7 @@ def stop_run(server: ServerFile) -> dict[str, Any]:
     """Stop the run under way; its process ends at its next request, and its checkpoint stays.
 
     A run that the server doesn't know of at the moment, as it is being prepared or begins anew, is stopped by SIGTERM
-    to its process.
+    to its process: what the server still has for open is then of a process that was killed.
 
     Returns
     -------
@@ -89,6 +89,7 @@ def stop_run(server: ServerFile) -> dict[str, Any]:
     InputError
         The server's files can't be used, or belong to another server.
     """
+    _check_rounds_left(_run(server))
     commands = Commands(server, 0.0)
     try:
         with commands.waiting.within(_SECONDS):
@@ -98,7 +99,20 @@ def stop_run(server: ServerFile) -> dict[str, Any]:
         raise Away(f"the server at {server.control} gave no answer within {_SECONDS:.0f} s. See its log.") from None
     finally:
         commands.close()
-    return {"stopped": stopped, "process": None if stopped else _end(server)}
+    return {"stopped": stopped, "process": None if stopped and not _goes_on(server, stopped) else _end(server)}
+
+
+def _check_rounds_left(run: Mapping[str, Any] | None) -> None:
+    if run is not None and run.get("state") in _UNDER_WAY and run.get("round") == run.get("rounds"):
+        raise RunError("the run has held its last round, and writes its results. Wait for it.")
+
+
+def _goes_on(server: ServerFile, stopped: Collection[int]) -> bool:
+    """Whether there is a process whose run is none of those that were stopped."""
+    run = _run(server)
+    if run is None or run.get("state") not in _UNDER_WAY or run.get("flower_run") in stopped:
+        return False
+    return owner_of(server.submit_lock) is not None
 
 
 def _end(server: ServerFile) -> int:
@@ -106,8 +120,7 @@ def _end(server: ServerFile) -> int:
     run, process = _run(server), owner_of(server.submit_lock)
     if run is None or run.get("state") not in _UNDER_WAY:
         raise RunError('no run is under way. "fedhead status --server SERVER.toml" shows the last ones.')
-    if run.get("round") == run.get("rounds"):
-        raise RunError("the run has held its last round, and writes its results. Wait for it.")
+    _check_rounds_left(run)
     if process is None:
         raise RunError("the run is being prepared by a process that can't be seen from here. End it where it runs.")
     try:

@@ -23,7 +23,7 @@ from fedhead.server.submitting.waiting import TimeUp, Waiting, each
 
 POLL_SECONDS: Final = 0.1
 _OBJECT_SECONDS: Final = 0.05  # pause before asking again for an object that isn't uploaded yet
-_PUSHES: Final = 10  # of the same messages; each restart of the server may cost one
+_PUSHES: Final = 60  # of the same messages, about a minute: the disk may be full for a moment, or a restart cost one
 _SHARE: Final = 32  # objects of one reply that are fetched before it is the next one's turn
 _FETCH_SECONDS: Final = 2.0  # after that the caller may look at its deadline, and at other replies
 _FORGOTTEN_SECONDS: Final = 3600.0  # a reply that nobody asks for any more

@@ -19,7 +19,7 @@ from fedhead.server.submitting import flower
 from fedhead.server.submitting.commands import Commands, not_running, secret
 from fedhead.server.submitting.grid import DeployedGrid
 from fedhead.server.submitting.lock import SubmitLock
-from fedhead.server.submitting.waiting import Away, LinkLost, Stopped, TimeUp, Waiting
+from fedhead.server.submitting.waiting import Away, LinkLost, Rejected, Stopped, TimeUp, Waiting
 
 __all__ = ["Away", "DeployedGrid", "LinkLost", "Outcome", "Registered", "Session", "Stopped"]
 
@@ -32,7 +32,11 @@ _AGAIN_SECONDS: Final = 1.0  # after a heartbeat that didn't come through
 _BEAT_LIMIT: Final = 5.0
 _REASON_SECONDS: Final = 30.0  # to find out why a request was refused
 _FOREIGN: Final = "nobody carries this run out"
+_LOOK_SECONDS: Final = 1.0  # whether a run that isn't offered was stopped
 _RESUME: Final = 'Go on from the last checkpoint with "fedhead submit --resume".'
+_STOPPED: Final = f"the run was stopped. {_RESUME}"
+_GIVEN_UP: Final = f"the server has given the run up, as it heard nothing of it for a minute. {_RESUME}"
+_LOST: Final = f"the server handed the run over in an answer that was lost. {_RESUME}"
 
 
 class Session:
@@ -156,9 +160,12 @@ class Session:
         self._commands = Commands(server, patience)
         self.flower_run = self._commands.start(recipe)
         self._token = self._take(proof)
-        self._waiting = Waiting(patience, self._why, lambda: Away(self._silent(patience)))
+        self._waiting = Waiting(patience, lambda: self._why(_GIVEN_UP), lambda: Away(self._silent(patience)))
         self._client = flower.runtime(server.control, self._token, self._waiting)
-        task = self._client.PullTaskInput(flower.PullTaskInputRequest())
+        try:
+            task = self._client.PullTaskInput(flower.PullTaskInputRequest())
+        except Rejected as error:  # a task is handed over once: the answer that it was in has been lost
+            raise self._why(_LOST) from error
         flower.enter(task.task_id, task.run.run_id, task.context.node_id)
         self.grid = DeployedGrid(self._client, self._waiting, server.message_megabytes)
         self.grid.set_run(flower.run_from_proto(task.run))
@@ -169,10 +176,14 @@ class Session:
         """Take the task of our run; tasks of runs that nobody carries out come first, and are ended."""
         waiting = Waiting(START_SECONDS, self._wrong_secret, self._not_offered)
         client = flower.acquiring(self._server.control, proof, waiting)
-        until = time.monotonic() + START_SECONDS
+        until, look = time.monotonic() + START_SECONDS, time.monotonic() + _LOOK_SECONDS
         while time.monotonic() < until:
             answer = client.AcquireTask(flower.AcquireTaskRequest(supported_task_types=[flower.TaskType.SERVER_APP]))
             if not answer.token:
+                if time.monotonic() > look:
+                    look = time.monotonic() + _LOOK_SECONDS
+                    if self._commands.state_of(self.flower_run) == "stopped":
+                        raise Stopped(_STOPPED)
                 time.sleep(0.1)
             elif answer.task.run_id == self.flower_run:
                 client.close()
@@ -186,16 +197,16 @@ class Session:
                 foreign.close()
         raise self._not_offered()
 
-    def _why(self) -> FedheadError:
-        """What is behind a request that was refused: the task has ended, and the list of runs says how."""
+    def _why(self, otherwise: str) -> FedheadError:
+        """What is behind a request that was refused: the list of runs says whether somebody stopped the run."""
         state = ""
         with suppress(FedheadError):
             commands = Commands(self._server, _REASON_SECONDS)
             state = commands.state_of(self.flower_run)
             commands.close()
         if state == "stopped":
-            return Stopped(f"the run was stopped. {_RESUME}")
-        return LinkLost(f"the server has given the run up, as it heard nothing of it for a minute. {_RESUME}")
+            return Stopped(_STOPPED)
+        return LinkLost(otherwise)
 
     def _silent(self, patience: float) -> str:
         return f'the server gave no answer for {patience:.0f} s. Start "fedhead serve" again. {_RESUME}'

@@ -6,7 +6,7 @@
         `until`          TimeUp: the caller's own deadline; not an error
         `seconds`        Away
         leave()          Leaving: this process is going
-    any other answer     RunError
+    any other answer     Rejected
 
 Flower's own rule can't be used here: it ends the process with SIGINT at a 401, and gives up at any HTTP 500 and at a
 connection that is cut within its handshake.
@@ -44,6 +44,21 @@ class Away(LinkLost):
 
 class Stopped(RunError):
     """Somebody stopped the run."""
+
+
+class Rejected(RunError):
+    """An answer that another try won't change.
+
+    Attributes
+    ----------
+    status : int
+        HTTP's.
+    """
+
+    def __init__(self, status: int) -> None:
+        # Only the status: the text of an answer is the server's own.
+        super().__init__(f"the server answered a request with HTTP {status}. See the server's log.")
+        self.status = status
 
 
 class TimeUp(Exception):
@@ -114,7 +129,7 @@ class Waiting:
         Raises
         ------
         FedheadError
-            What `refused` and `lost` make, or RunError for an answer that another try won't change.
+            What `refused` and `lost` make, or `Rejected`.
         TimeUp, Leaving
             See the head of this file.
         """
@@ -127,8 +142,7 @@ class Waiting:
                 if code in (401, 403):
                     raise self._refused() from None
                 if code < 500 and code not in _BUSY:
-                    # Only the status: the text of an answer is the server's own.
-                    raise RunError(f"the server answered a request with HTTP {code}. See the server's log.") from None
+                    raise Rejected(code) from None
             except httpx.RequestError:
                 pass
             self.failures += 1

@@ -336,3 +336,32 @@ def test_a_run_that_is_not_offered(control, server_file, monkeypatch):
     with pytest.raises(LinkLost, match="has not offered"):
         Session(server_file, "{}")
     assert control.state == ("finished", "stopped")
+
+
+def test_a_run_that_is_stopped_before_it_is_offered(control, server_file):
+    control.tasks = []
+    control.state = ("finished", "stopped")
+    began = time.monotonic()
+    with pytest.raises(Stopped, match="was stopped"):
+        Session(server_file, "{}")
+    assert time.monotonic() - began < 30  # long before the server has had its time to offer it
+
+
+@pytest.mark.parametrize(("state", "error", "words"), [
+    (("running", ""), LinkLost, "in an answer that was lost"), (("finished", "stopped"), Stopped, "was stopped"),
+])  # fmt: skip
+def test_a_task_whose_handing_over_was_lost_is_begun_anew(control, link, server_file, state, error, words):
+    """The server hands a task over once; asked again, it says 412 for ever."""
+    answers = [503, 412]
+
+    def pull(_):
+        control.state = state
+        return answers.pop(0)
+
+    link.answers["/v1/runtime/pull-task-input"] = pull
+    with pytest.raises(error, match=words) as caught:
+        Session(server_file, "{}")
+    assert type(caught.value) is error
+    assert answers == []
+    assert control.state == ("finished", "stopped")
+    assert not held(server_file.submit_lock)

@@ -175,6 +175,35 @@ def test_stop_ends_a_run_that_is_being_prepared(answering, submitting):
         stop_run(answering)
 
 
+@pytest.mark.parametrize("flower_run", [None, 1])
+def test_stop_ends_a_run_that_is_prepared_while_the_server_lists_one_that_was_killed(
+    answering, link, submitting, flower_run
+):
+    """For a minute after `submit` was killed its run is open at the server; `submit --resume` prepares meanwhile."""
+    link.answers[LIST_RUNS] = runs((2, "running", ""))
+    link.answers[STOP] = StopRunResponse(success=True).SerializeToString()
+    write_run(answering, state="waiting", round=3, flower_run=flower_run)
+    assert stop_run(answering) == {"stopped": [2], "process": submitting.pid}
+    assert submitting.wait(60) == -signal.SIGTERM
+
+
+def test_stop_sends_no_signal_where_the_server_stops_the_run(answering, link, submitting):
+    link.answers[LIST_RUNS] = runs((2, "running", ""))
+    link.answers[STOP] = StopRunResponse(success=True).SerializeToString()
+    write_run(answering, state="running", round=3, flower_run=2)
+    assert stop_run(answering) == {"stopped": [2], "process": None}
+    assert submitting.poll() is None
+
+
+def test_a_run_that_writes_its_results_is_not_stopped_at_the_server_either(answering, link, submitting):
+    link.answers[LIST_RUNS] = runs((2, "running", ""))
+    link.answers[STOP] = lambda _: pytest.fail("it was stopped")
+    write_run(answering, state="running", round=60, flower_run=2)
+    with pytest.raises(RunError, match="writes its results"):
+        stop_run(answering)
+    assert link.asked(STOP) == 0
+
+
 def test_stop_ends_no_other_process(answering, submitting):
     """The number in the lock's file may be one of another container: here it is this process, which hasn't the lock."""
     write_run(answering, state="waiting", round=0)

@@ -1,11 +1,15 @@
 """`fedhead serve` and `fedhead submit` killed in the phases of a round: runs end, and no round is charged twice."""
 
+import contextlib
 import math
 import random
+import sqlite3
 import time
 
 import pytest
 from deployment_processes import until
+
+from fedhead.server.server_file import load_server
 
 pytestmark = pytest.mark.slow
 REPLY_AT = 1.5  # seconds that a holder takes for its part of a round; a phase can then be hit
@@ -31,14 +35,19 @@ def test_a_server_that_is_killed_and_started_again_goes_on_by_itself(federation)
     )
     joined = ours.up("north")
 
-    def restart(seconds: float = 0.0, *phases: str) -> None:
-        """Kill the server after so many seconds, or as soon as the round is in one of the phases."""
+    def restart(seconds: float = 0.0, *phases: str, away: float = 0.0) -> None:
+        """Kill the server after so many seconds, or as soon as the round is in one of the phases.
+
+        `away`: as if it had been for so many seconds more; nobody could send it a heartbeat.
+        """
         time.sleep(seconds)
         if phases:
             until(lambda: ours.phase() in phases, what=" or ".join(phases))
         ours.server.kill()
         assert not phases or ours.phase() in phases
         assert submit.alive
+        with contextlib.closing(sqlite3.connect(load_server(ours.server_file).link_database)) as database, database:
+            database.execute("UPDATE node SET online_until = online_until - ?", (away,))
         ours.serve()
 
     submit = ours.submit()
@@ -47,7 +56,7 @@ def test_a_server_that_is_killed_and_started_again_goes_on_by_itself(federation)
     restart(1.0, "between")  # while the run waits for a second holder
     joined["south"] = ours.join("south")[0]
     ours.after_round(submit, 1)
-    restart(0.0, "training")
+    restart(0.0, "training", away=55.0)
     ours.after_round(submit, 2)
     restart(0.0)  # while the next request is pushed
     ours.after_round(submit, 3)

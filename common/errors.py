@@ -9,6 +9,7 @@
     ├── LedgerError                 1   a ledger that can't be used (common/privacy/ledger/chain.py)
     ├── DomainError                 1   what is kept of a budget domain can't be used (client/domains.py)
     └── Refused                     1   a data holder's refusal: a fixed code and text, never an exception's own
+    Terminated (a SystemExit)     143   SIGTERM
 
 No record, label, norm or loss of a record may appear in any message.
 """
@@ -68,6 +69,13 @@ class Refused(FedheadError):
     def __init__(self, code: int, text: str) -> None:
         self.code = code
         super().__init__(text)
+
+
+class Terminated(SystemExit):
+    """SIGTERM came to a command; raised by its handler, so that a run cleans up behind itself.
+
+    Where a SystemExit is caught that a library or code of the user's own may raise, this one is passed on.
+    """
 
 
 class FedheadWarning(UserWarning):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from fedhead.common.errors import ConfigError
+from fedhead.common.errors import ConfigError, Terminated
 
 
 def load_reference(reference: str, setting: str) -> Any:
@@ -37,6 +37,8 @@ def load_reference(reference: str, setting: str) -> Any:
         raise ConfigError(
             [f'{setting} is "{reference}": the module can\'t be imported ({error}). Install it, or set PYTHONPATH.']
         ) from error
+    except Terminated:
+        raise
     except (Exception, SystemExit) as error:  # whatever a module does when it is imported
         raise ConfigError(
             [

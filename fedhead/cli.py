@@ -18,7 +18,7 @@ import typer
 
 from fedhead import __version__
 from fedhead.audit_cli import audit
-from fedhead.common.errors import FedheadError, InputError
+from fedhead.common.errors import FedheadError, InputError, Terminated
 from fedhead.deploy_cli import COMMANDS
 from fedhead.output import JsonOption, SetOption, emit
 
@@ -270,7 +270,7 @@ def main() -> NoReturn:
 
 def _terminated(*_: object) -> NoReturn:
     """End like any other failure, so that a run cleans up behind itself."""
-    sys.exit(143)
+    raise Terminated(143)
 
 
 def _fail(text: str, status: int) -> NoReturn:

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fedhead.common.errors import Terminated
+
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; KEY= takes it out.")
 ]
@@ -23,6 +25,8 @@ def emit(found: Any, as_json: bool, show: Any) -> None:
         else:
             show()
         sys.stdout.flush()
+    except Terminated:
+        raise
     except (BrokenPipeError, SystemExit):
         # The reader of a pipe went away (`| head`): nothing is wrong, though rich and typer would make it status 1.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fedhead.common.config import RunConfig
-from fedhead.common.errors import ConfigError, FedheadError, RunError
+from fedhead.common.errors import ConfigError, FedheadError, RunError, Terminated
 from fedhead.simulations.logs import HoldersLog
 
 
@@ -36,7 +36,7 @@ def plainly(config: RunConfig, log: HoldersLog) -> Iterator[None]:
         if own is not None:
             raise own from log.fault
         raise RunError(f"{error} See {log.path}.") from log.fault
-    except FedheadError:
+    except (FedheadError, Terminated):
         raise
     except (Exception, SystemExit) as error:
         own = _own_code(error, config)

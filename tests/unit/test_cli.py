@@ -13,6 +13,8 @@ from runpy import run_path
 import pytest
 
 from fedhead.cli import main
+from fedhead.common.errors import Terminated
+from fedhead.output import emit
 
 write_recipe = run_path(str(Path(__file__).with_name("tiny_recipe.py")))["write_recipe"]
 
@@ -196,6 +198,25 @@ def test_ctrl_c_in_the_middle_of_an_import_has_the_same_status(tmp_path):
     )
     done = subprocess.run([sys.executable, "-m", "stopped"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "fedhead: stopped.\n")
+
+
+@pytest.mark.parametrize("where", ["", "def stopped(*_):\n    "], ids=["imported", "called"])
+def test_a_stop_while_code_of_a_recipes_own_runs_is_a_stop(fedhead, here, monkeypatch, where):
+    """When it is imported, or called: what it raises itself would be its own fault."""
+    (here / "fedhead_cli_stopped.py").write_text(f"import signal\n{where}signal.raise_signal(signal.SIGTERM)\n")
+    monkeypatch.delitem(sys.modules, "fedhead_cli_stopped", raising=False)
+    backbone = "model.backbone=module:fedhead_cli_stopped:stopped"
+    status, out, err = fedhead("simulate", "r.toml", "--out", "o", "--set", backbone)
+    assert (status, out, err) == (143, "", "")
+    assert not (here / "o").exists()
+
+
+def test_a_stop_while_a_result_is_shown_is_no_reader_that_went_away():
+    def show():
+        raise Terminated(143)
+
+    with pytest.raises(Terminated):
+        emit({}, False, show)
 
 
 def wait_for(path, process):

@@ -6,13 +6,15 @@ Run config: `recipe` (JSON, a file, or a built-in recipe's name), `out` (folder 
 
 from __future__ import annotations
 
+import errno
+import logging
 import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from flwr.app import ArrayRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from fedhead import __version__
 from fedhead.common import progress, protocol
-from fedhead.common.errors import RunError
+from fedhead.common.errors import FedheadError, RunError
 from fedhead.common.models.saved import save_model
 from fedhead.common.results import Result
 from fedhead.server.central import central_of
@@ -38,8 +40,11 @@ from fedhead.server.spending import account
 from fedhead.server.strategies import strategy_class
 
 app = ServerApp()
+log = logging.getLogger("fedhead.server")
 
 HELLO_SECONDS = 600.0
+FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+FULL_TRIES, FULL_PAUSE = 60, 1.0  # seconds between them: a deployed run waits a minute for room on a full disk
 
 
 @app.main()
@@ -149,13 +154,19 @@ class Coordinator:
         rounds.run = plan.run
         if deployed is not None:
             rounds.least, rounds.deadline, rounds.declared = deployed.least, deployed.deadline, deployed.declared
+        strategy = self._strategy(rounds)
         rounds.central = central_of(config, plan.noise_multiplier, cohorts.holders, self.out, self.desk.simulated)
         try:
-            head = self._rounds(rounds, plan, self._strategy(rounds), like)
+            head = self._rounds(rounds, plan, strategy, like)
+        except BaseException:
+            try:
+                self._keep_marks(rounds)
+            except (OSError, FedheadError) as fault:  # how the run ended counts: whether it was stopped, or goes on
+                log.warning("%s can't be written: %s", self.marks, fault)
+            raise
+        else:
+            self._patiently(self.marks, lambda: self._keep_marks(rounds))
         finally:
-            rounds.marks = newest(rounds.marks, roster.marks())  # of holders that no round was asked of, too
-            if self.marks is not None:
-                write_marks(self.marks, rounds.marks)
             if rounds.central is not None:
                 rounds.central.close()
         final = self.evaluator(head)
@@ -223,9 +234,33 @@ class Coordinator:
     def _checkpoint(self, rounds: Rounds, strategy: FedAvg, plan: Plan, head: dict[str, Tensor], done: int) -> None:
         memory = memory_of(strategy)
         found = Checkpoint(self.key, plan.run, done, head, memory, rounds.history, self.metrics, rounds.marks)
-        found.write(self.out)
-        if self.marks is not None and self.deployed is not None:
+        self._patiently(self.out, lambda: found.write(self.out))
+        if self.deployed is not None:
+            self._patiently(self.marks, lambda: self._keep_marks(rounds))
+
+    def _keep_marks(self, rounds: Rounds) -> None:
+        """Remember all ledgers that were seen, those of holders that no round was asked of, too."""
+        rounds.marks = newest(rounds.marks, rounds.roster.marks())
+        if self.marks is not None:
             write_marks(self.marks, rounds.marks)
+
+    def _patiently(self, path: Path | None, write: Callable[[], None]) -> None:
+        """Write to a path; a deployed run waits a while for room on a disk that is full, a simulation doesn't."""
+        for tried in range(FULL_TRIES if self.deployed is not None else 0):
+            try:
+                write()
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                if tried == 0:
+                    log.warning(
+                        "%s can't be written (%s): tried again for %.0f s. Free some space.",
+                        path, error.strerror, FULL_TRIES * FULL_PAUSE,
+                    )  # fmt: skip
+            else:
+                return
+            time.sleep(FULL_PAUSE)
+        write()
 
     def _evaluate(self, number: int, arrays: ArrayRecord) -> None:
         rounds = self.config.training.rounds

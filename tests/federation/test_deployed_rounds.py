@@ -1,6 +1,11 @@
 """A deployed run whose coordinator ends at any instant goes on from its checkpoint: nothing is spent twice."""
 
+import errno
+import logging
 import math
+import os
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +14,11 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedhead.client import app as client_app
 from fedhead.common.config import changed, make_config, to_json
-from fedhead.common.errors import RunError
+from fedhead.common.errors import InputError, RunError
 from fedhead.common.privacy.ledger import Ledger
-from fedhead.server import checkpoints
+from fedhead.common.results import write_aside
+from fedhead.server import app as server_app
+from fedhead.server import checkpoints, marks
 from fedhead.server.app import Coordinator, Deployed
 from fedhead.server.checkpoints import Checkpoint
 from fedhead.server.desk import prepare_deployed
@@ -196,3 +203,90 @@ def test_too_few_updates_leave_the_head_and_end_the_run_before_more_is_spent(fed
         federation(tmp_path / "out", least=2)
     kinds = [kind for kind, *_ in rows(federation.holders["north"])]
     assert (kinds.count("reserve"), kinds.count("release")) == (1, 1)
+
+
+def failing(number, times):
+    """A `write_aside` that fails so many times."""
+    left = [times]
+
+    def write(*arguments, **options):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number))
+        write_aside(*arguments, **options)
+
+    return write
+
+
+@pytest.fixture
+def slept(monkeypatch):
+    """The seconds that a coordinator waits, without waiting."""
+    found = []
+    monkeypatch.setattr(server_app, "time", SimpleNamespace(**{**vars(time), "sleep": found.append}))
+    return found
+
+
+def warnings(caplog):
+    found = [
+        record for record in caplog.records if record.name == "fedhead.server" and record.levelno >= logging.WARNING
+    ]
+    assert not any(record.exc_info or "\n" in record.getMessage() for record in found)
+    return [record.getMessage() for record in found]
+
+
+@pytest.mark.parametrize(("module", "number"), [(checkpoints, errno.ENOSPC), (marks, errno.EDQUOT)])
+def test_a_disk_that_is_full_for_a_moment_does_not_end_a_run(
+    federation, tmp_path, monkeypatch, caplog, slept, module, number
+):
+    monkeypatch.setattr(module, "write_aside", failing(number, 3))
+    _, outcome = federation(tmp_path / "out")
+    assert [row["holders"] for row in outcome.result.rounds] == [2] * ROUNDS
+    assert all(map(once, federation.holders.values()))
+    assert slept == [1.0] * 3
+    (told,) = warnings(caplog)
+    assert os.strerror(number) in told
+    assert "Free some space" in told
+
+
+@pytest.mark.parametrize(("number", "waits"), [(errno.ENOSPC, 60), (errno.EROFS, 0)])
+@pytest.mark.parametrize("module", [checkpoints, marks])
+def test_a_disk_that_stays_as_it_is_ends_a_run_before_anything_is_spent(
+    federation, tmp_path, monkeypatch, slept, module, number, waits
+):
+    monkeypatch.setattr(module, "write_aside", failing(number, math.inf))
+    with pytest.raises(OSError, match=os.strerror(number)):
+        federation(tmp_path / "out")
+    assert slept == [1.0] * waits
+    assert not any(holder.ledger.exists() for holder in federation.holders.values())
+
+
+@pytest.mark.parametrize(
+    "fault", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "I/O"), InputError("no marks")]
+)
+def test_marks_that_can_not_be_written_do_not_hide_why_a_run_ended(
+    federation, tmp_path, monkeypatch, caplog, slept, fault
+):
+    def unwritten(*_):
+        raise fault
+
+    monkeypatch.setattr(server_app, "write_marks", unwritten)
+    _, outcome = federation(tmp_path / "out", die_at=1)
+    assert outcome is None  # it was killed
+    assert slept == []
+    (told,) = warnings(caplog)
+    assert str(fault) in told
+
+
+def test_marks_that_can_not_be_written_at_the_end_are_told(federation, tmp_path, monkeypatch):
+    real, written = server_app.write_marks, []
+
+    def unwritten(path, seen):
+        written.append(path)
+        if len(written) == ROUNDS + 2:  # after the last round's own
+            raise OSError(errno.EROFS, "read-only")
+        real(path, seen)
+
+    monkeypatch.setattr(server_app, "write_marks", unwritten)
+    with pytest.raises(OSError, match="read-only"):
+        federation(tmp_path / "out")
+    assert len(written) == ROUNDS + 2

@@ -1,8 +1,11 @@
 """A run that was stopped goes on from its last checkpoint and ends with the head of an unbroken run."""
 
+import errno
+import time
+
 import pytest
 
-from fedhead.common.errors import InputError
+from fedhead.common.errors import InputError, RunError
 from fedhead.common.privacy.ledger import Ledger
 from fedhead.server import checkpoints
 from fedhead.server.checkpoints import Checkpoint
@@ -96,3 +99,13 @@ def test_a_broken_checkpoint_is_refused_in_one_line(tiny, tmp_path, damage):
 def test_no_checkpoint_starts_at_the_beginning(tiny, tmp_path):
     assert Checkpoint.read(tmp_path, "x") is None
     assert len(simulate(tiny({"training.rounds": 2}), tmp_path / "run", resume=True).rounds) == 2
+
+
+def test_a_simulation_does_not_wait_for_room_on_a_full_disk(tiny, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "write_aside", full)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits"))
+    with pytest.raises(RunError, match="No space left"):
+        simulate(tiny({"run.evaluate_every": 1}), tmp_path / "out")

@@ -135,8 +135,8 @@ def ask(
                 after = time.time()
                 content = response.read(MOST_BYTES)
         except (http.client.HTTPException, OSError, ValueError) as error:
-            slow = isinstance(error, TimeoutError)
-            raise Silence("silent" if slow else "http", type(error).__name__, certificate) from error
+            reason: Reason = "silent" if isinstance(error, TimeoutError) else "cut" if _is_cut(error) else "http"
+            raise Silence(reason, type(error).__name__, certificate) from error
     ahead, within = _clock(before, after, _date(response.getheader("Date")))
     return Answer(certificate, response.status, content, ahead, within)
 
@@ -197,7 +197,7 @@ def _secure(link: socket.socket, context: ssl.SSLContext, host: str | None, pati
         secure = context.wrap_socket(link, server_hostname=host, do_handshake_on_connect=False)
     except (OSError, ValueError) as error:  # gone already, or a name that TLS can't carry
         link.close()
-        raise Silence("tls", type(error).__name__) from error
+        raise Silence("cut" if _is_cut(error) else "tls", type(error).__name__) from error
     try:
         with _limited(secure, patience):
             secure.do_handshake()
@@ -208,13 +208,20 @@ def _secure(link: socket.socket, context: ssl.SSLContext, host: str | None, pati
         secure.close()
         if isinstance(error, TimeoutError):
             raise Silence("silent") from error
-        if isinstance(error, ConnectionError | ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        if _is_cut(error):
             raise Silence("cut") from error
         # what isn't TLS at all has no version, or a record that is too long or of no known kind
         words = (getattr(error, "reason", None) or type(error).__name__).replace("_", " ").lower()
         foreign = any(part in words for part in ("wrong version", "unknown protocol", "packet length", "record layer"))
         raise Silence("no-tls" if foreign else "tls", words) from error
     return secure
+
+
+def _is_cut(error: Exception) -> bool:
+    """Whether a fault on a connection is that it ended: as where a server ends between TCP, TLS and its answer."""
+    if isinstance(error, ssl.SSLError):
+        return isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+    return isinstance(error, OSError | http.client.IncompleteRead)  # RemoteDisconnected is an OSError, too
 
 
 def _not_accepted(error: ssl.SSLCertVerificationError, where: _Places, patience: float) -> Silence:

@@ -42,6 +42,7 @@ _SETTINGS: Final = ("server", "ca", "key")
 _PATH: Final = "/v1/fleet/send-node-heartbeat"
 _TAKEN, _NOT_TAKEN = 411, 401
 _UNKNOWN_KEY, _CLOCK = "unknown key", "clock"  # what the server's gate says to a 401
+_AGAIN: Final = "; it will be tried again"
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def connection(holder: HolderFile, *, connect: bool = True, joining: bool = Fals
     if found_ca is not None:
         yield found_ca
     if holder.key is not None:
-        yield key.fault or _known(answer)
+        yield key.fault or _known(answer, joining)
     if answer is not None:
         yield _clock(answer)
 
@@ -163,12 +164,18 @@ def _reached(answer: Answer, server: str, now: datetime) -> Finding:
     return Finding("server", state, f"{server} answers over TLS; its certificate {shown}", remedy)
 
 
-def _known(answer: Answer | None) -> Finding:
+def _known(answer: Answer | None, joining: bool) -> Finding:
     """What the server says to the holder's key."""
     if answer is None:
         return Finding("key", "ok", "closed to others; not shown to the server")
     if answer.status == _TAKEN:
         return Finding("key", "ok", "closed to others, and known to the server")
+    if answer.status >= 500:  # more connections than it takes, or what lies before it while it starts
+        return Finding(
+            "key", "warning" if joining else "remedy",
+            f"the server can't answer now (status {answer.status})" + (_AGAIN if joining else ""),
+            "Wait a minute; if it stays so, ask the coordinator what its log says.",
+        )  # fmt: skip
     if answer.status != _NOT_TAKEN:
         return Finding(
             "key", "remedy", f"what answers is no server of fedhead (status {answer.status})",
@@ -244,7 +251,7 @@ def _silent(silence: Silence, server: str, now: datetime, joining: bool) -> Find
         "http": ("its certificate is right, but it speaks no HTTP", "Check the port with the coordinator."),
     }[silence.reason]  # fmt: skip
     passing = joining and silence.reason in PASSING
-    shown = f"{server}: {text}" + ("; it will be tried again" if passing else "")
+    shown = f"{server}: {text}" + (_AGAIN if passing else "")
     return Finding("server", "warning" if passing else "remedy", shown, remedy)
 
 

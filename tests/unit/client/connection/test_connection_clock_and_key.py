@@ -66,6 +66,16 @@ def test_what_the_server_says_to_the_key(made, speak, status, body, state, words
     assert words in found["key"].text
 
 
+@pytest.mark.parametrize(("status", "passing"), [(503, True), (500, True), (404, False)])
+def test_a_server_that_can_not_answer_now_may_pass_for_who_joins(made, speak, status, passing):
+    port, _ = speak(made, status=status, body=b"Service Unavailable")
+    for joining in (False, True):
+        found = look(made, port, joining=joining)["key"]
+        assert found.state == ("warning" if joining and passing else "remedy")
+        assert (f"can't answer now (status {status})" in found.text) == passing
+        assert found.text.endswith("it will be tried again") == (joining and passing)
+
+
 def test_a_key_that_can_not_be_used_is_told_and_the_clock_is_looked_at_all_the_same(made, speak):
     port, requests = speak(made, status=404)
     key = made.folder / "mine.key"

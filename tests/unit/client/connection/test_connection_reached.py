@@ -1,12 +1,15 @@
 """Servers that are away, are none, or answer nothing; and what `join` lets pass where `check` does not."""
 
+import select
 import socket
+import struct
 import threading
 import time
 
 import pytest
 from looked_at import look
 
+from fedhead.client import calling
 from fedhead.client import connection as looked
 from fedhead.client.checking import check_holder
 
@@ -83,6 +86,46 @@ def test_right_certificate_and_no_http(made, raw, monkeypatch, says, words):
     assert words in finding.text
 
 
+def reset(link):
+    """End a connection as a process that is killed with something unread does."""
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    link.close()
+
+
+def unasked(secure):
+    secure.recv(1000)
+
+
+def half(secure):
+    secure.recv(1000)
+    secure.sendall(b"HTTP/1.1 411 Length Required\r\nTransfer-Encoding: chunked\r\n\r\n64\r\n{")
+
+
+@pytest.mark.parametrize("handle", [lambda _: None, unasked, reset, half], ids=["handshake", "asked", "reset", "half"])
+def test_a_server_that_ends_between_its_handshake_and_its_answer_may_come_back(made, raw, handle):
+    def serve(link, _):
+        with made.context().wrap_socket(link, server_side=True) as secure:
+            handle(secure)
+
+    port = raw(serve)
+    for joining, state in ((False, "remedy"), (True, "warning")):
+        finding = look(made, port, joining=joining)["server"]
+        assert (finding.state, "then ends it" in finding.text) == (state, True)
+
+
+def test_a_server_that_ends_before_tls_begins_may_come_back(made, raw, monkeypatch):
+    real = calling._connect
+
+    def ended(*arguments):
+        link = real(*arguments)
+        assert select.select([link], [], [], 20)[0]
+        return link
+
+    monkeypatch.setattr(calling, "_connect", ended)
+    finding = look(made, raw(lambda link, _: reset(link)), joining=True)["server"]
+    assert (finding.state, "then ends it" in finding.text) == ("warning", True)
+
+
 def test_a_name_that_leads_nowhere(made, monkeypatch):
     def unknown(*_, **__):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
@@ -116,7 +159,7 @@ def test_what_joining_needs_and_looking_does_not(made):
 def test_a_whole_check_is_not_ready_while_the_server_is_away(made, speak, tmp_path):
     (tmp_path / "notes.csv").write_text("text,label\nx,a\ny,b\n")
     port, _ = speak(made)
-    toml = '[data]\nsource = "csv:notes.csv"\n[budget]\nepsilon = 1.0\n'
+    toml = '[data]\nsource = "csv:notes.csv"\nlabels = ["a", "b"]\n[budget]\nepsilon = 1.0\n'
 
     def check(at, **options):
         head = f'name = "st-mary"\nserver = "127.0.0.1:{at}"\nca = "keys/ca.crt"\nkey = "keys/mine.key"\n'
@@ -129,3 +172,6 @@ def test_a_whole_check_is_not_ready_while_the_server_is_away(made, speak, tmp_pa
     assert not check(closed).good
     assert check(closed, joining=True).good
     assert check(closed, connect=False).good
+    busy, _ = speak(made, status=503, body=b"Service Unavailable")
+    assert not check(busy).good
+    assert check(busy, joining=True).good

@@ -101,7 +101,7 @@ def check_holder(
     findings = [
         Finding("holder file", "ok", f"{holder.name}, domain {holder.budget.domain}"),
         *connection(holder, connect=connect, joining=joining),
-        *_data(holder, records), *_people(holder, records), *_limits(holder, records),
+        *_data(holder, records), *_labels(holder, joining), *_people(holder, records), *_limits(holder, records),
         *storage(holder), *ledger(holder),
         *foresight(holder, records, recipe), *disjoint(holder, records),
     ]  # fmt: skip
@@ -155,6 +155,14 @@ def _data(holder: HolderFile, records: Records | DataError) -> Iterator[Finding]
     else:
         labels = f"{len(set(records.labels.tolist()))} of {len(data.labels)} labels occur"
     yield Finding("data", "ok", f"{count(len(records), 'record')} ({records.kind}), {labels}")
+
+
+def _labels(holder: HolderFile, joining: bool) -> Iterator[Finding]:
+    """Without labels of its own a holder refuses every recipe that arrives: `own_recipe` in deployed.py."""
+    if holder.data.labels is None:
+        state: State = "remedy" if joining or holder.server is not None else "warning"
+        text = "data.labels is not given: a holder that has joined trains only for recipes with just these labels."
+        yield Finding("labels", state, text, "List in data.labels those that you agree to.")
 
 
 def _people(holder: HolderFile, records: Records | DataError) -> Iterator[Finding]:

@@ -22,7 +22,8 @@ def here(tmp_path):
 
 
 def found(here, name):
-    return [finding for finding in check_holder(here / "holder.toml").findings if finding.name == name]
+    report = check_holder(here / "holder.toml", connect=False)
+    return [finding for finding in report.findings if finding.name == name]
 
 
 def test_what_a_request_may_ask_for_is_shown(here):
@@ -82,3 +83,19 @@ def test_records_of_persons_count_as_more(here):
     assert (most.state, most.text) == ("remedy", text)
     change(here, "most_records = 100", f"most_records = {many}")
     assert not found(here, "most records")
+
+
+@pytest.mark.parametrize("server", [False, True])
+def test_a_holder_without_labels_of_its_own_can_not_join(here, server):
+    """It would refuse every recipe; to look at its data alone it needs none."""
+    if server:
+        change(here, "[data]", 'server = "fl.example.org:8443"\n[data]')
+    (labels,) = found(here, "labels")
+    assert (labels.state, labels.remedy) == (
+        "remedy" if server else "warning",
+        "List in data.labels those that you agree to.",
+    )
+    joining = check_holder(here / "holder.toml", connect=False, joining=True).findings
+    assert [finding.state for finding in joining if finding.name == "labels"] == ["remedy"]
+    change(here, "[data]", '[data]\nlabels = ["a", "b"]')
+    assert not found(here, "labels")

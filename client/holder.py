@@ -53,8 +53,9 @@ class HolderData(Table):
     labels: list[str] | None = Field(
         None,
         min_length=2,
-        description="The labels that the records may have; `fedhead check` then finds records with another one. A "
-        "deployed holder trains only for recipes with just these labels. Default: `check` counts different labels.",
+        description="The labels that the records may have; needed to take part. A deployed holder trains only for "
+        "recipes with just these labels, and for none where it is left out: a server could otherwise find out which "
+        "labels occur. `fedhead check` finds records with another one.",
     )
 
 
@@ -64,7 +65,8 @@ class Storage(Table):
     folder: str = Field(
         "state",
         pattern=_PATH,
-        description="Folder of the ledger, the stored releases, the feature cache and the personal head.",
+        description="Folder of the ledger with the stored releases, the key that signs statements, the feature cache "
+        "and keyed hashes of whom each domain has held.",
     )
 
 

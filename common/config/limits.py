@@ -105,47 +105,54 @@ class Limits(Table):
     modules: list[str] = Field(
         default_factory=list,
         description="Code that a request may name as `module:package.module:name`, such as `torch.nn:Identity`. It "
-        "must be installed here; nothing that arrives is ever run. Default: none.",
+        "must be installed here; nothing that arrives is ever run. Default: none. Deployment only.",
     )
     clipping_norm_max: float | None = Field(None, gt=0, description="Largest clipping norm. Default: any.")
     noise_multiplier_min: float | None = Field(
         None, gt=0, description="Least noise multiplier of a step. Default: any; the budget still counts."
     )
     least_records: int = Field(
-        1, ge=1, description="Fewest records to take part with. Looked at by `check` and `join`, never within a run."
+        1,
+        ge=1,
+        description="Fewest records to take part with. Looked at by `check` and `join`, never within a run. "
+        "Deployment only.",
     )
     most_records: int = Field(
         2**17,
         ge=1,
         le=2**20,
-        description="Most records to take part with, in a deployment: a public number. Rounding is covered for so "
-        "many; the fewer, the longer the weights of a head may be. With persons as the unit records count as more, "
-        "because each person's are added up first: `check` says as how many.",
+        description="Most records to take part with: a public number. Rounding is covered for so many; the fewer, the "
+        "longer the weights of a head may be. With persons as the unit records count as more, because each person's "
+        "are added up first: `check` says as how many. Deployment only.",
     )
     release: ReleaseLimits = Field(
         default_factory=ReleaseLimits, description="What may leave besides the noised update."
     )
     allow_seeded_noise: bool = Field(
-        False, description="Draw noise from a seed that arrives: for tests only, epsilon is then infinite."
+        False,
+        description="Draw noise from a seed that arrives: for tests only, epsilon is then infinite. Deployment only.",
     )
     round_seconds: float = Field(
         3600.0,
         gt=0,
-        description="Longest time for training in one round, in a deployment: then the training process is ended and "
-        "started anew. The round stays spent. It never has longer than the coordinator waits for its answer.",
+        description="Longest time for training in one round: then the training process is ended and started anew. The "
+        "round stays spent. It never has longer than the coordinator waits for its answer. Deployment only.",
     )
     prepare_seconds: float = Field(
         86_400.0,
         gt=0,
-        description="Longest time to open the records and compute their features when a recipe arrives, in a "
-        "deployment: then the recipe is refused as one whose records can't be opened.",
+        description="Longest time to open the records and compute their features when a recipe arrives: then the "
+        "recipe is refused as one whose records can't be opened. Deployment only.",
     )
     exact_noise_seconds: float = Field(
         5.0,
         ge=0,
         description="Longest time for the noise of one release by exact discrete sampling; where it would take "
-        "longer, noise comes from a keyed generator, and the ledger says so.",
+        "longer, noise comes from a keyed generator, and the ledger says so. Deployment only.",
     )
     reply_at: float = Field(
-        0.0, ge=0, description="Seconds after a request at which the reply leaves, so that its time says nothing."
+        0.0,
+        ge=0,
+        description="Seconds after a request at which the reply leaves, so that its time says nothing. Deployment "
+        "only.",
     )

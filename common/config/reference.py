@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,12 +73,23 @@ def _default(field: FieldInfo) -> str:
     if isinstance(value, BaseModel):
         given = value.model_dump(exclude_none=True, exclude_defaults=value.model_fields_set == set())
         kind = getattr(value, "kind", None)
-        return f"`{kind}`" if kind else (f"`{given}`" if given else "see below")
+        return f"`{kind}`" if kind else (f"`{_toml(given)}`" if given else "see below")
     if value is None:
         return ""
+    return f"`{value}`" if isinstance(value, str) else f"`{_toml(value)}`"
+
+
+def _toml(value: Any) -> str:
+    """A value as a recipe writes it."""
     if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    return f"`{value}`"
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {_toml(inner)}' for key, inner in value.items())} }}" if value else "{}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return str(value)
 
 
 _NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): ""}
@@ -86,12 +98,17 @@ _NAMES = {str: "text", int: "whole number", float: "number", bool: "true or fals
 def _type(field: FieldInfo) -> str:
     shown = _type_name(field.annotation)
     rules = [
-        f"{sign} {getattr(rule, name):g}"
+        f"{sign} {_bound(getattr(rule, name))}"
         for rule in field.metadata
         for name, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
         if getattr(rule, name, None) is not None
     ]
     return f"{shown} {', '.join(rules)}".strip()
+
+
+def _bound(value: float) -> str:
+    """A whole number in full: rounded to six digits a bound is another one."""
+    return str(int(value)) if float(value).is_integer() else f"{value:g}"
 
 
 def _type_name(annotation: Any) -> str:

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -291,6 +293,26 @@ def test_reference_page_is_what_the_schema_says(tmp_path: Path):
     assert main([str(stale), "--check"]) == 1
     assert main([str(stale)]) == 0
     assert main([str(stale), "--check"]) == 0
+
+
+def test_reference_page_writes_values_as_a_recipe_does():
+    rows = re.findall(r"^\| `(\S+)` \| (.*?) \| `(.+?)` \|", reference(), re.MULTILINE)
+    read = {}
+    for setting, kind, shown in rows:
+        if kind.startswith(("list of", "whole number", "number", "true or false")) or shown.startswith("{"):
+            (read[setting],) = tomllib.loads(f"value = {shown}").values()
+    assert read["data.test"] == {"fraction": 0.2}
+    assert read["training.optimizer.betas"] == [0.9, 0.999]
+    assert read["holders.limits.units"] == ["record", "person"]
+    assert read["training.chunk"] == 4096
+
+
+def test_reference_page_writes_whole_bounds_in_full():
+    text = reference()
+    assert "whole number ≥ 1, ≤ 1048576 |" in text
+    assert "whole number ≥ 0, < 9223372036854775808 |" in text
+    assert "number ≥ 0, < 0.5 |" in text
+    assert re.findall(r"[<>≤≥] \d[\d.]*e", text) == []
 
 
 def test_reference_page_names_every_setting():

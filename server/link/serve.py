@@ -112,9 +112,9 @@ class _Link:
         host, port = address_of(server.control)
         inner = make_inner(str(server.link_database), host, port, token, secret.encode())
         state = inner.state.linkstate_factory.state()
+        await_heartbeats(state)  # first: Flower notes who is gone whenever it is asked about nodes
         self.registry: Registry = Registry(state)
         self.registry.update(server.public_pems())
-        await_heartbeats(state)
         most = server.message_megabytes * 2**20
         self.public: Server = http_server(
             make_public(inner, self.registry, self.bell, most, self.figures), lifespan=False,

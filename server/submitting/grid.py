@@ -115,7 +115,8 @@ class DeployedGrid(Grid):
         Returns
         -------
         ids : list of str
-            In the order of the messages; "" for one that the server doesn't take, as its node is not registered.
+            In the order of the messages; "" for one that the server doesn't take, as its node is not registered, or
+            because it was away until the message had expired.
 
         Raises
         ------
@@ -125,6 +126,16 @@ class DeployedGrid(Grid):
         messages = list(messages)
         if not messages:
             return []
+        expires = min(message.metadata.created_at + message.metadata.ttl for message in messages)
+        try:
+            with self._waiting.within(max(0.0, expires - time.time())):
+                return self._push(messages)
+        except TimeUp:
+            if self._waiting.over:
+                raise
+            return [""] * len(messages)
+
+    def _push(self, messages: Sequence[Message]) -> list[str]:
         packed = flower.packed(messages)
         request = flower.PushAppMessagesRequest(messages_list=packed.messages, message_object_trees=packed.trees)
         for attempt in range(_PUSHES):

@@ -101,8 +101,14 @@ class Waiting:
 
     @contextmanager
     def within(self, seconds: float | None) -> Iterator[None]:
-        """Requests inside raise `TimeUp` when the server is away at the end of so many seconds; None: no deadline."""
-        before, self._until = self._until, None if seconds is None else time.monotonic() + seconds
+        """Requests inside raise `TimeUp` when the server is away at the end of so many seconds; None: no deadline.
+
+        Inside of another one the sooner deadline counts.
+        """
+        before, deadlines = self._until, [] if self._until is None else [self._until]
+        if seconds is not None:
+            deadlines.append(time.monotonic() + seconds)
+        self._until = min(deadlines, default=None)
         try:
             yield
         finally:

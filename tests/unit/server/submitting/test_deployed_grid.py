@@ -26,8 +26,9 @@ from flwr.supercore.run import Run
 
 from fedhead.common.errors import RunError
 from fedhead.server.submitting import flower
+from fedhead.server.submitting import grid as module
 from fedhead.server.submitting.grid import DeployedGrid
-from fedhead.server.submitting.waiting import LinkLost, Stopped, Waiting
+from fedhead.server.submitting.waiting import LinkLost, Stopped, TimeUp, Waiting
 
 RUN = 7
 PUSH, PULL = "/v1/runtime/push-messages", "/v1/runtime/pull-messages"
@@ -134,6 +135,16 @@ def test_every_message_is_answered(grid, runtime):
     assert runtime.link.asked(CONFIRM) == 3
 
 
+def test_messages_that_expire_while_the_server_is_away_are_given_up(grid, link):
+    """It answers 500 to an expired message, for ever: that is not the server being away."""
+    link.answers[PUSH] = 500
+    began = time.monotonic()
+    assert grid.push_messages(instructions(2, ttl=1.0)) == ["", ""]
+    assert 0.9 < time.monotonic() - began < 10
+    with grid._waiting.within(0.5), pytest.raises(TimeUp):  # the caller's own deadline is told as such
+        grid.push_messages(instructions(2, ttl=60.0))
+
+
 def test_no_messages_are_no_requests(grid, runtime):
     assert grid.send_and_receive([], timeout=20) == []
     assert not runtime.link.requests
@@ -156,7 +167,8 @@ def test_a_push_that_was_refused_half_way_is_repeated(grid, runtime):
     assert runtime.link.asked(PUSH) > 1
 
 
-def test_a_server_that_can_not_store_ends_the_run(grid, runtime):
+def test_a_server_that_can_not_store_ends_the_run(grid, runtime, monkeypatch):
+    monkeypatch.setattr(module, "_PUSHES", 5)
     runtime.refused_pushes = 10_000
     with pytest.raises(RunError, match="can't store"):
         grid.push_messages(instructions())

@@ -91,6 +91,17 @@ def test_a_deadline_ends_waiting_without_an_error(away):
     assert not rule.over
 
 
+@pytest.mark.parametrize(("outer", "inner"), [(30.0, 0.3), (0.3, 30.0), (0.3, None)])
+def test_the_sooner_of_two_deadlines_counts(outer, inner):
+    rule = waiting()
+    with rule.within(outer):
+        with rule.within(inner):
+            rule.pause(5.0)
+            assert rule.over
+        assert rule.over == (outer == 0.3)
+    assert not rule.over
+
+
 def test_a_deadline_that_is_past_does_not_keep_a_request_from_being_sent(link):
     link.answers[NODES] = GOOD
     rule = waiting()

@@ -138,7 +138,6 @@ def one(task: Task, holder: str, app: Callable[[Message, Context], Message]) -> 
     """
     from flwr.app import MessageType
 
-    from fedhead.client.app import failed
     from fedhead.client.timing import without_times
     from fedhead.common.refusals import TRAINING_FAILED
 
@@ -156,6 +155,8 @@ def one(task: Task, holder: str, app: Callable[[Message, Context], Message]) -> 
     try:
         reply = app(message, context)
     except Exception:  # a kind of message that the app doesn't know; its text stays here
+        from fedhead.client.app import failed
+
         log.exception("a message could not be answered")
         reply = failed(message, context)
     seconds = time.monotonic() - started

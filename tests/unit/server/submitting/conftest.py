@@ -7,6 +7,24 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from flwr.proto.control_pb2 import (
+    ListNodesResponse,
+    ListRunsResponse,
+    StartRunResponse,
+    StopRunRequest,
+    StopRunResponse,
+)
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.proto.run_pb2 import Run, RunStatus
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskResponse,
+    GetNodesResponse,
+    PullTaskInputResponse,
+    PushTaskOutputRequest,
+    PushTaskOutputResponse,
+    SendTaskHeartbeatResponse,
+)
+from flwr.proto.task_pb2 import Task
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedhead.server.keys import make_keys
@@ -104,3 +122,62 @@ def own_task():
     before = TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id
     yield
     TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = before
+
+
+class FakeControl:
+    """As much of Flower's server as a session needs: runs, and the task of ours."""
+
+    def __init__(self, link):
+        self.link = link
+        self.state = ("running", "")
+        self.others: dict[int, tuple[str, str]] = {}
+        self.tasks = [5]  # runs whose tasks are offered, in turn
+        self.ended: list[str] = []
+        self.nodes: list[NodeInfo] = []
+        link.answers.update(
+            {
+                "/v1/control/list-runs": self.list_runs,
+                "/v1/control/list-nodes": lambda _: ListNodesResponse(nodes_info=self.nodes).SerializeToString(),
+                "/v1/control/start-run": StartRunResponse(run_id=5).SerializeToString(),
+                "/v1/control/stop-run": self.stop_run,
+                "/v1/runtime/acquire-task": self.acquire,
+                "/v1/runtime/pull-task-input": self.pull_input,
+                "/v1/runtime/push-task-output": self.push_output,
+                "/v1/runtime/get-nodes": GetNodesResponse().SerializeToString(),
+                "/v1/runtime/send-task-heartbeat": SendTaskHeartbeatResponse(success=True).SerializeToString(),
+            }
+        )
+
+    def list_runs(self, _):
+        runs = {5: self.state, **self.others}
+        return ListRunsResponse(
+            run_dict={
+                number: Run(run_id=number, status=RunStatus(status=status, sub_status=sub, details=""))
+                for number, (status, sub) in runs.items()
+            }
+        ).SerializeToString()
+
+    def stop_run(self, body):
+        number = StopRunRequest.FromString(body).run_id
+        if number == 5:
+            self.state = ("finished", "stopped")
+        else:
+            self.others[number] = ("finished", "stopped")
+        return StopRunResponse(success=True).SerializeToString()
+
+    def acquire(self, _):
+        if not self.tasks:
+            return AcquireTaskResponse().SerializeToString()
+        return AcquireTaskResponse(task=Task(run_id=self.tasks.pop(0)), token="a" * 8).SerializeToString()
+
+    def pull_input(self, _):
+        return PullTaskInputResponse(task_id=9, run=Run(run_id=5)).SerializeToString()
+
+    def push_output(self, body):
+        self.ended.append(PushTaskOutputRequest.FromString(body).sub_status)
+        return PushTaskOutputResponse().SerializeToString()
+
+
+@pytest.fixture
+def control(link, server_file):
+    return FakeControl(link)

@@ -11,9 +11,6 @@ from fedhead.server.submitting import session as module
 from fedhead.server.submitting.lock import held
 from fedhead.server.submitting.session import Away, LinkLost, Session, Stopped
 
-OUTPUT, BEAT = "/v1/runtime/push-task-output", "/v1/runtime/send-task-heartbeat"
-NODES = "/v1/runtime/get-nodes"
-
 
 def one_line(error, kind):
     assert type(error) is kind or issubclass(type(error), kind)

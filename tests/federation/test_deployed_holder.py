@@ -185,6 +185,7 @@ def test_the_holders_own_constant_goes_before_the_requests(deployed):
     [
         ({"model.backbone": "module:os:getcwd"}, "limits.modules"),
         ({"model.head.kind": "module:os:getcwd"}, "limits.modules"),
+        ({"task.kind": "module:os:getcwd"}, "limits.modules"),
         ({"model.weights": "/etc/passwd"}, "model.weights"),
     ],
 )
@@ -194,6 +195,18 @@ def test_a_recipe_can_not_name_code_or_files_of_the_holders_machine(deployed, ch
     holder = deployed()
     with pytest.raises(InputError, match=remedy):
         deployed_module.own_recipe(load_holder(holder.file), changed(holder.config, change))
+
+
+def test_without_labels_of_its_own_it_trains_for_no_recipe(deployed):
+    """A server that may name the labels would learn from refusals which ones occur."""
+    holder = deployed()
+    text = holder.file.read_text()
+    holder.file.write_text("\n".join(line for line in text.splitlines() if not line.startswith("labels")))
+    assert holder.code_of(holder.ask()) == refusals.NOT_READY
+    assert not holder.ledger.exists() or holder.spent() == 0
+    holder.restart()
+    holder.file.write_text(text)
+    assert not holder.ask().has_error()
 
 
 def test_a_false_declaration_of_disjointness_stops_everything(deployed):

@@ -54,6 +54,15 @@ def test_no_answer_leaves_before_its_time(deployed, monkeypatch, kind):
     assert waits == [7.5]
 
 
+def test_a_refusal_of_a_holder_whose_records_are_open_waits_as_long(deployed, monkeypatch):
+    waits = []
+    monkeypatch.setattr(client_app, "wait_until", lambda arrived, reply_at: waits.append(reply_at))
+    holder = deployed(limits="reply_at = 7.5\nclipping_norm_max = 0.5")
+    assert not holder.ask().has_error()
+    assert holder.code_of(holder.ask(round=2, clipping_norm=0.6)) == refusals.LARGE_CLIPPING_NORM
+    assert waits == [7.5, 7.5]
+
+
 def test_waiting_ends_at_the_time_and_not_before(monkeypatch):
     slept = []
     monkeypatch.setattr(timing.time, "sleep", slept.append)

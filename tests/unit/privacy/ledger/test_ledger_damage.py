@@ -11,6 +11,7 @@ import pytest
 
 from fedhead.common.errors import FedheadError
 from fedhead.common.privacy.ledger import Granted, Ledger, LedgerError, Mark, reading
+from fedhead.common.privacy.ledger.chain import Entry, hash_of
 from fedhead.common.privacy.ledger.files import OBJECTS
 from fedhead.common.privacy.ledger.state import State
 
@@ -113,6 +114,23 @@ def test_every_column_is_covered_by_the_hash(closed: Path):
             raw.execute("ROLLBACK")
     assert reading.replay(raw, closed, State("ann")) == 2 * ROUNDS + 1
     raw.close()
+
+
+@pytest.mark.parametrize("sequence", [1, 2, ROUNDS])
+def test_a_row_that_was_written_anew_with_a_hash_of_its_own(closed: Path, sequence: int):
+    """Only the row after it tells: it names the hash that the row had."""
+    raw = sqlite3.connect(closed)
+    row = raw.execute("SELECT * FROM entries WHERE sequence = ?", (sequence,)).fetchone()
+    changed = Entry(*row)._replace(time="2000-01-01T00:00:00.000000")
+    raw.execute("DROP TRIGGER entries_keep")
+    fitting = (changed.time, hash_of(changed[:-1]), sequence)
+    raw.execute("UPDATE entries SET time = ?, hash = ? WHERE sequence = ?", fitting)
+    raw.execute(OBJECTS["entries_keep"])
+    raw.commit()
+    raw.close()
+    for asked in (lambda ledger: ledger.verify(), lambda ledger: ledger.reserve([want(ROUNDS)])):
+        with Ledger(closed) as ledger, pytest.raises(LedgerError, match=f"entry {sequence + 1} of ann"):
+            asked(ledger)
 
 
 @pytest.mark.parametrize("keep", ["last", "middle", "first", "all"])

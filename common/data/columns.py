@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -10,10 +9,11 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from fedhead.common.data.inputs import ArrayImages, EncodedImages, Fetch, Inputs, Texts, Vectors
-from fedhead.common.data.loaded import Kind, Loaded, Request
+from fedhead.common.data.loaded import Kind, Loaded, Request, text_of
 from fedhead.common.errors import DataError
 
 ROLES: tuple[Kind, ...] = ("text", "image", "vector")
+_TRUTH = {"true": "True", "false": "False"}  # as JSON writes them, and as they are read
 SHOWN = 12  # columns or labels listed in a message
 
 
@@ -39,12 +39,19 @@ def find_columns(loaded: Loaded, columns: Mapping[str, str], request: Request) -
     if request.role == "vector" and ("," in name or name.endswith("*")):
         found: list[str] = []
         for part in (piece.strip() for piece in name.split(",")):
-            matching = [column for column in loaded.columns if fnmatchcase(column, part)] if part else []
+            matching = _matching(list(loaded.columns), part, columns.get("label", "label"))
             if not matching:
                 raise _missing(request, "vector", part, loaded)
             found += matching
         return "vector", found
     raise _missing(request, request.role, name, loaded)
+
+
+def _matching(names: Sequence[str], part: str, label: str) -> list[str]:
+    """The columns that a part of a vector's setting names; a pattern never takes the label for a feature."""
+    if part in names:
+        return [part]
+    return [name for name in names if name != label and fnmatchcase(name, part)] if part else []
 
 
 def read_inputs(
@@ -93,12 +100,14 @@ def map_labels(
         texts = [names[int(text)] if text.isdecimal() and int(text) < len(names) else "" for text in distinct]
     else:
         texts = [str(text) for text in distinct]
+    positions = {_TRUTH[label]: place for label, place in positions.items() if label in _TRUTH} | positions
     mapped = np.array([positions.get(text, -1) for text in texts], dtype=np.int64)[inverse]
     outside = int((mapped < 0).sum())
     if outside and not lenient:
         raise DataError(
             f'{request.setting}.columns.label is "{column}": {outside} of {len(mapped)} records have a label outside '
-            f"task.labels ({_listed(labels)}). Add the missing labels to task.labels, or remove those records."
+            f"task.labels ({_listed(labels)}). Add the missing labels to task.labels (spaces and capitals count), or "
+            "remove those records."
         )
     return mapped
 
@@ -108,15 +117,6 @@ def _texts(values: np.ndarray) -> np.ndarray:
     if values.dtype.kind in "iuU":
         return values.astype(str)
     return np.array([text_of(value) for value in values.tolist()], dtype=str)
-
-
-def text_of(value: object) -> str:
-    """A value of a column as text: 3.0 as "3", as whole numbers in a column with gaps arrive; no value as ""."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
 
 
 def _vectors(parts: list[np.ndarray], request: Request, lenient: bool) -> np.ndarray:
@@ -152,8 +152,13 @@ def _numbers(part: np.ndarray, lenient: bool) -> np.ndarray:
             ]
         else:
             (width,) = widths  # a ValueError when they differ
-        values = [[None] * width if value is None else list(value) for value in values]
-        return np.asarray([[number(value) for value in row] for row in values], dtype=np.float64)
+        found = np.full((len(values), width), np.nan)
+        for row, value in enumerate(values):
+            if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+                found[row] = value
+            elif value is not None:
+                found[row] = [number(one) for one in value]
+        return found
     return np.asarray([number(value) for value in part.ravel().tolist()], dtype=np.float64).reshape(part.shape)
 
 

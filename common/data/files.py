@@ -1,4 +1,4 @@
-"""Readers of files and folders, through Hugging Face `datasets`.
+"""Readers of tables (CSV, Parquet, saved data sets) through Hugging Face `datasets`.
 
 `datasets` turns a file into an Arrow file and maps it into memory. Those copies of private records are made in a folder
 of their own that only the owner can read, and the folder is removed as soon as the files are mapped: afterwards nothing
@@ -24,19 +24,18 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from pandas.errors import ParserWarning  # type: ignore[import-untyped]
 
 from fedhead.common.data.loaded import LazyColumns, Loaded, Request
-from fedhead.common.data.paths import resolve_path
+from fedhead.common.data.paths import file_of, folder_of
 from fedhead.common.errors import DataError
 
 
 def load_csv(request: Request) -> Loaded:
     """A CSV file with a header. Every value is read as text, so that labels stay as typed and "null" is a word."""
-    path = _file(request)
+    path = file_of(request)
 
     def read(cache: str) -> Dataset:
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            rows = csv.reader(lines)
-            header = next(rows, [])
-            if next(rows, None) is None:
+            header = next(csv.reader(lines), [])
+            if not any(line.strip() for line in lines):  # not parsed: a field may be longer than this reader takes
                 raise DataError(f"{request.shown}: it holds no record. Add records below the header.")
         if len(set(header)) < len(header) or not all(name.strip() for name in header):
             raise DataError(f"{request.shown}: every column must have a name of its own. Correct the first line.")
@@ -57,48 +56,16 @@ def load_csv(request: Request) -> Loaded:
     return _loaded(_read(request, read), path.parent)
 
 
-def load_json(request: Request) -> Loaded:
-    """A JSON file: one object a line, or one array of objects."""
-    path = _file(request)
-    return _loaded(_read(request, lambda cache: Dataset.from_json(str(path), cache_dir=cache)), path.parent)
-
-
 def load_parquet(request: Request) -> Loaded:
     """A Parquet file."""
-    path = _file(request)
+    path = file_of(request)
     return _loaded(_read(request, lambda cache: Dataset.from_parquet(str(path), cache_dir=cache)), path.parent)
-
-
-def load_imagefolder(request: Request) -> Loaded:
-    """A folder of images, one subfolder a label; with subfolders `train` and `test`, the part that is asked for."""
-    path = _folder(request)
-
-    def read(cache: str) -> Dataset | DatasetDict:
-        return datasets.load_dataset("imagefolder", data_dir=str(path), cache_dir=cache, drop_metadata=False)
-
-    return _loaded(_read(request, read), path)
 
 
 def load_saved(request: Request) -> Loaded:
     """A folder written by `save_to_disk`; of a dictionary of splits, the one that is asked for."""
-    path = _folder(request)
+    path = folder_of(request)
     return _loaded(_read(request, lambda _: datasets.load_from_disk(str(path))), path)
-
-
-def _file(request: Request) -> Path:
-    path = resolve_path(request.name, request.base, request.shown)
-    if not path.is_file():
-        raise DataError(f"{request.shown}: it must be a file. Name a file in the folder.")
-    if path.stat().st_size == 0:
-        raise DataError(f"{request.shown}: the file is empty. Check how it was written.")
-    return path
-
-
-def _folder(request: Request) -> Path:
-    path = resolve_path(request.name, request.base, request.shown)
-    if not path.is_dir():
-        raise DataError(f"{request.shown}: it must be a folder. Name the folder that holds the data.")
-    return path
 
 
 def _read(request: Request, read: Callable[[str], Dataset | DatasetDict]) -> Dataset:

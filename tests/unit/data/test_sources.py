@@ -191,7 +191,7 @@ FAULTS = [
     ("json:broken.csv", {}, ["0", "1"], "can't be read"),
     ("parquet:broken.csv", {}, ["0", "1"], "can't be read"),
     ("dataset:folder", {}, ["0", "1"], "can't be read"),
-    ("imagefolder:folder", {}, ["0", "1"], "can't be read"),
+    ("imagefolder:folder", {}, ["0", "1"], "holds no image"),
     ("imagefolder:t.csv", {}, ["0", "1"], "must be a folder"),
     ("csv:folder", {}, ["0", "1"], "must be a file"),
     (

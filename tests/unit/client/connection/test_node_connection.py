@@ -52,7 +52,9 @@ def test_it_goes_to_nobody_else(tmp_path, made, speak, make, word):
 
 
 def test_the_credentials_of_this_page_are_refused_for_their_fault_alone(tmp_path, speak):
-    fine = Credentials(tmp_path / "fine", now=datetime.now(UTC) - timedelta(days=10), server_now=datetime.now(UTC) - HOUR)
+    fine = Credentials(
+        tmp_path / "fine", now=datetime.now(UTC) - timedelta(days=10), server_now=datetime.now(UTC) - HOUR
+    )
     port, requests = speak(fine)
     assert send(fine, port) == 411
     assert len(requests) == 1

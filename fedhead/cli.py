@@ -65,7 +65,7 @@ def simulate(
     if out is not None:
         from fedhead.simulations.folders import check_out
 
-        check_out(out)  # before the slow imports; claimed again by the run
+        check_out(out, resume)  # before the slow imports; claimed again by the run
 
     from fedhead.simulations import console
     from fedhead.simulations.simulate import simulate, simulate_seeds

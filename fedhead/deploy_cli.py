@@ -90,7 +90,11 @@ def submit(
     from fedhead.simulations import console
 
     name = Path(recipe).stem
-    with contextlib.redirect_stdout(sys.stderr), console.progress_bars() as listener, claimed(out, name) as folder:
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        console.progress_bars() as listener,
+        claimed(out, name, resume) as folder,
+    ):
         result = run(config, file, folder, name=name, resume=resume, progress_listener=listener)
         from fedhead.simulations.report import write_report
 

@@ -25,8 +25,14 @@ HOLDERS = "holders"
 log = logging.getLogger("fedhead")
 
 
-def check_out(out: Path) -> None:
+def check_out(out: Path, resume: bool = False) -> None:
     """Refuse a folder of results that can't be used.
+
+    Parameters
+    ----------
+    out : Path
+    resume : bool
+        Whether a checkpoint there is gone on from; a run that began anew would write over it.
 
     Raises
     ------
@@ -35,6 +41,11 @@ def check_out(out: Path) -> None:
     """
     if (out / FILE).exists() or (out / SEEDS).exists():
         raise InputError(f'--out is "{out}": it already holds a run. Choose another folder, or remove that one.')
+    if not resume and (out / CHECKPOINTS / CHECKPOINT).exists():
+        raise InputError(
+            f'--out is "{out}": it holds a run that was stopped. Give --resume to go on with it, or choose another '
+            "folder."
+        )
     if out.exists() and not out.is_dir():
         raise InputError(f'--out is "{out}": it must be a folder. Choose another name.')
     nearest = next((path for path in (out, *out.absolute().parents) if path.exists()), Path("/"))
@@ -43,7 +54,7 @@ def check_out(out: Path) -> None:
 
 
 @contextmanager
-def claimed(out: Path | None, name: str) -> Iterator[Path]:
+def claimed(out: Path | None, name: str, resume: bool = False) -> Iterator[Path]:
     """The folder of a run, for this run alone: `out`, or a new `runs/NAME-DATE-TIME`.
 
     When the block fails, what it left in the folder is removed again, and the folder too if it was not there before.
@@ -56,7 +67,7 @@ def claimed(out: Path | None, name: str) -> Iterator[Path]:
         When `out` can't be used, or another run is writing there.
     """
     if out is not None:
-        check_out(out)
+        check_out(out, resume)
     made: list[Path] = []
     try:
         folder = _new(name, made) if out is None else _given(out, made)
@@ -71,7 +82,7 @@ def claimed(out: Path | None, name: str) -> Iterator[Path]:
         except OSError as error:
             raise InputError(f'--out is "{folder}": another run is writing there. Choose another folder.') from error
         if out is not None:
-            check_out(out)  # another run may have ended there in between
+            check_out(out, resume)  # another run may have ended there in between
         before = {path.name for path in folder.iterdir()}
         try:
             yield folder

@@ -51,7 +51,8 @@ def simulate(
     engine : "inprocess" or "ray"
         Where the holders run.
     resume : bool
-        Go on from the checkpoint in `out`; without one the run starts at its beginning.
+        Go on from the checkpoint in `out`; without one the run starts at its beginning. Left out, a folder with a
+        checkpoint is refused.
     progress_listener : callable, optional
         Called as `listener(stage, done, total, note)`.
 
@@ -69,7 +70,7 @@ def simulate(
     """
     config = recipe if isinstance(recipe, RunConfig) else find_recipe(recipe)
     name = name or ("run" if isinstance(recipe, RunConfig) else Path(str(recipe)).stem)
-    with at_work(config, out, name, progress_listener) as folder:
+    with at_work(config, out, name, progress_listener, resume) as folder:
         prepared = prepare(config, cache_folder(state))
         return run(prepared, folder, name, engine, cache_folder(state), resume, state)
 
@@ -121,10 +122,16 @@ def _over_seeds(results: list[Result]) -> dict[str, Any]:
 
 
 @contextmanager
-def at_work(config: RunConfig, out: str | Path | None, name: str, listener: progress.Listener | None) -> Iterator[Path]:
+def at_work(
+    config: RunConfig,
+    out: str | Path | None,
+    name: str,
+    listener: progress.Listener | None,
+    resume: bool = False,
+) -> Iterator[Path]:
     """Everything around a run: its folder claimed, the holders' log open, progress told, failures in plain words."""
     with (
-        claimed(None if out is None else Path(out), name) as folder,
+        claimed(None if out is None else Path(out), name, resume) as folder,
         holders_log(folder) as log,
         progress.listening(listener),
         threads(config.run.exact),

@@ -9,7 +9,7 @@ from fedhead.common.errors import InputError, RunError
 from fedhead.common.privacy.ledger import Ledger
 from fedhead.server import checkpoints
 from fedhead.server.checkpoints import Checkpoint
-from fedhead.simulations.simulate import simulate
+from fedhead.simulations.simulate import simulate, simulate_seeds
 
 
 class Stop(Exception):
@@ -83,6 +83,20 @@ def test_another_recipe_is_refused_and_the_checkpoint_stays(tiny, tmp_path):
     with pytest.raises(InputError, match="another recipe"):
         simulate(tiny({"privacy.epsilon": 1.0}), tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "checkpoints" / checkpoints.FILE).exists()
+
+
+@pytest.mark.parametrize("run", [simulate, lambda config, out: simulate_seeds(config, 2, out)])
+def test_a_run_that_was_stopped_is_not_written_over(tiny, tmp_path, run):
+    """Whoever forgets to give `resume` loses nothing: the folder stays as it is, and the run can go on."""
+    config = tiny()
+    with pytest.raises(Stop):
+        simulate(config, tmp_path / "run", progress_listener=stop_at(6))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="it holds a run that was stopped") as caught:
+        run(config, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert len(simulate(config, tmp_path / "run", resume=True).rounds) == 8
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage", "cut"])

@@ -21,8 +21,9 @@ from flwr.proto.runtime_pb2 import (
 )
 from flwr.proto.task_pb2 import Task
 
+from fedhead import deploy_cli
 from fedhead.common.config import make_config, to_json
-from fedhead.common.errors import RunError
+from fedhead.common.errors import InputError, RunError
 from fedhead.server.checkpoints import Checkpoint
 from fedhead.server.roster import Callers
 from fedhead.server.rounds import RoundRecord
@@ -172,6 +173,33 @@ def test_the_time_of_earlier_starts_and_the_notes_of_the_rounds_count(config, se
     go(config, server_file, out, resume=True)
     assert 300 <= given["timing"]["total_seconds"] < 360
     assert given["notes"] == ["of all", "of a weight"]
+
+
+def test_a_run_that_was_stopped_is_not_written_over(config, server_file, tmp_path, monkeypatch):
+    """Whoever forgets --resume pays for no round twice: the refusal comes before the last run's state is touched."""
+    out = tmp_path / "out"
+    out.mkdir()
+    Checkpoint(to_json(config), "r", 2, {"w": torch.zeros(1)}, {}, [], {}).write(out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setattr("fedhead.common.config.find_recipe", lambda *_: config)
+    monkeypatch.setattr("fedhead.server.server_file.load_server", lambda _: server_file)
+    monkeypatch.setattr("fedhead.server.submitting.deployable.deployable", lambda *_: config)
+    monkeypatch.setattr("fedhead.server.submitting.commands.reach", lambda _: None)
+    monkeypatch.setattr("fedhead.common.operations.logs.set_up_logs", lambda *_, **__: None)
+    given = []
+
+    def run(*_, resume, **__):
+        given.append(resume)
+        raise Ended
+
+    monkeypatch.setattr(module, "submit", run)
+    with pytest.raises(InputError, match="it holds a run that was stopped"):
+        deploy_cli.submit("wards", tmp_path / "server.toml", out)
+    assert given == []
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(Ended):
+        deploy_cli.submit("wards", tmp_path / "server.toml", out, resume=True)
+    assert given == [True]
 
 
 def test_a_stop_is_noticed_while_nobody_is_connected(link, server_file):

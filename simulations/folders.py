@@ -20,6 +20,7 @@ from fedhead.server.checkpoints import FOLDER as CHECKPOINTS
 from fedhead.simulations.logs import FILE as LOG
 
 SEEDS = "seeds.json"
+SEED = "seed-"  # and the seed: the folder of one of several
 HOLDERS = "holders"
 
 log = logging.getLogger("fedhead")
@@ -39,7 +40,7 @@ def check_out(out: Path, resume: bool = False) -> None:
     InputError
         When it holds a run already, is a file, or lies where nothing can be written.
     """
-    if (out / FILE).exists() or (out / SEEDS).exists():
+    if (out / FILE).exists() or (out / SEEDS).exists() or finished_seeds(out):
         raise InputError(f'--out is "{out}": it already holds a run. Choose another folder, or remove that one.')
     if not resume and (out / CHECKPOINTS / CHECKPOINT).exists():
         raise InputError(
@@ -53,13 +54,20 @@ def check_out(out: Path, resume: bool = False) -> None:
         raise InputError(f'--out is "{out}": it can\'t be written. Choose a folder of your own.')
 
 
+def finished_seeds(folder: Path) -> list[str]:
+    """Names of the folders below of those of several seeds whose rounds are all done, in the order of the seeds."""
+    names = [path.parent.name for path in folder.glob(f"{SEED}*/{FILE}")]
+    return sorted(names, key=lambda name: (len(name), name))
+
+
 @contextmanager
 def claimed(out: Path | None, name: str, resume: bool = False) -> Iterator[Path]:
     """The folder of a run, for this run alone: `out`, or a new `runs/NAME-DATE-TIME`.
 
     When the block fails, what it left in the folder is removed again, and the folder too if it was not there before.
     The holders' log stays when the run itself failed, because it says why; a refusal (InputError) leaves nothing. A
-    checkpoint stays, and a warning in the log says how to go on from it.
+    checkpoint stays, and a warning in the log says how to go on from it. Of several seeds the runs stay that are
+    finished, because their budget is spent; a warning names them.
 
     Raises
     ------
@@ -91,7 +99,13 @@ def claimed(out: Path | None, name: str, resume: bool = False) -> Iterator[Path]
             if (folder / CHECKPOINTS / CHECKPOINT).exists():
                 keep |= {CHECKPOINTS, HOLDERS, SERVER_LEDGER}
                 log.warning("the last checkpoint is kept: give --out %s --resume to go on from it", folder)
-            _undo(folder, before | keep, made)
+            finished = [name for name in finished_seeds(folder) if name not in before]
+            if finished:
+                log.warning(
+                    "what had finished is kept in %s: %s. For other seeds set run.seed, and name another folder",
+                    folder, ", ".join(finished),
+                )  # fmt: skip
+            _undo(folder, before | keep | set(finished), made)
             raise
     finally:
         os.close(handle)

@@ -20,7 +20,7 @@ from fedhead.common.preparation import default_cache
 from fedhead.common.results import Result, write_aside
 from fedhead.simulations.faults import plainly
 from fedhead.simulations.federation import Engine, run
-from fedhead.simulations.folders import SEEDS, claimed
+from fedhead.simulations.folders import SEED, SEEDS, claimed
 from fedhead.simulations.logs import holders_log
 from fedhead.simulations.prepared import prepare
 
@@ -91,6 +91,10 @@ def simulate_seeds(
     -------
     dict
         `seeds`, `folder`, and `metrics`: name -> {mean, deviation (of the sample), values}; also in seeds.json.
+
+    Notes
+    -----
+    When one of the runs fails or is stopped, those before it stay in the folder; a warning in the log names them.
     """
     config = recipe if isinstance(recipe, RunConfig) else find_recipe(recipe)
     name = name or ("run" if isinstance(recipe, RunConfig) else Path(str(recipe)).stem)
@@ -101,7 +105,7 @@ def simulate_seeds(
         for seed in range(config.run.seed, config.run.seed + seeds):
             one = changed(config, {"run.seed": seed})
             prepared = prepare(one, cache_folder(state))
-            results.append(run(prepared, folder / f"seed-{seed}", name, engine, cache_folder(state), state=state))
+            results.append(run(prepared, folder / f"{SEED}{seed}", name, engine, cache_folder(state), state=state))
         summary = _over_seeds(results)
         write_aside(folder / SEEDS, (json.dumps(summary, indent=1) + "\n").encode())
     return {**summary, "folder": str(folder)}

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from fedhead.common.config import RunConfig
 from fedhead.common.config.strategies import Strategy
 from fedhead.common.config.tables import tables_of
+from fedhead.common.errors import InputError, RunError
 from fedhead.common.models.saved import load_model
 from fedhead.common.preparation import read_split
 from fedhead.common.privacy.accounting import epsilon
@@ -205,6 +206,35 @@ def test_seeds_give_mean_and_deviation(tiny, tmp_path):
     assert found["mean"] == pytest.approx(np.mean(values))
     assert found["deviation"] == pytest.approx(np.std(values, ddof=1))
     assert json.loads((tmp_path / "runs" / "seeds.json").read_text())["metrics"] == summary["metrics"]
+
+
+def test_seeds_that_have_finished_stay_when_a_later_one_is_refused(tiny, tmp_path, caplog):
+    """Their budget is spent: the holders admit one run here, and not a second."""
+    config = tiny({"privacy.epsilon": 1.0, "holders.budget": {"epsilon": 1.2}})
+    with pytest.raises(RunError, match="budget"):
+        simulate_seeds(config, 3, tmp_path / "runs", state=tmp_path / "state")
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["holders.log", "seed-0"]
+    assert Result.read(tmp_path / "runs" / "seed-0").final
+    assert (tmp_path / "runs" / "seed-0" / "report.html").exists()
+    assert f"kept in {tmp_path / 'runs'}: seed-0. For other seeds" in caplog.text
+    for again in (lambda: simulate_seeds(config, 1, tmp_path / "runs"), lambda: simulate(config, tmp_path / "runs")):
+        with pytest.raises(InputError, match="already holds a run"):  # it would write over the one that is there
+            again()
+
+
+def test_seeds_that_have_finished_stay_after_a_stop(tiny, tmp_path, caplog):
+    config = tiny({"run.seed": 9})
+    done = []
+
+    def listen(stage, round, rounds, note):
+        done.append(stage == "rounds" and round == rounds)
+        if sum(done) == 2 and not done[-1]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate_seeds(config, 4, tmp_path / "runs", progress_listener=listen)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["seed-10", "seed-9"]
+    assert ": seed-9, seed-10. For" in caplog.text
 
 
 def test_declared_records_default_is_marked(tiny, tmp_path):

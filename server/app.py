@@ -30,7 +30,7 @@ from fedhead.server.central import central_of
 from fedhead.server.checkpoints import Checkpoint, memory_of, remember
 from fedhead.server.cohorts import Cohorts
 from fedhead.server.desk import Desk, offered, prepare
-from fedhead.server.evaluation import Evaluator
+from fedhead.server.evaluation import Evaluator, left_out
 from fedhead.server.marks import newest, read_marks, write_marks
 from fedhead.server.metrics import estimate
 from fedhead.server.requests import Plan, make_plan
@@ -326,5 +326,5 @@ class Coordinator:
                 "training_seconds": holder_seconds,
                 "server_seconds": seconds - holder_seconds,
             },
-            notes=[rounds.notes[name] for name in sorted(rounds.notes)],
+            notes=[*left_out(self.desk.test), *(rounds.notes[name] for name in sorted(rounds.notes))],
         )

@@ -71,6 +71,17 @@ class Evaluator:
         return outputs_of(self.trainable, self.test)
 
 
+def left_out(test: Labelled) -> list[str]:
+    """A note on the test records that metrics leave out; none where all of them count."""
+    missing = int((~test.features.finite()).sum())
+    if not missing:
+        return []
+    return [
+        f"{missing} of {len(test)} test records could not be read or gave no finite features; the metrics leave them "
+        "out."
+    ]
+
+
 def load_state(trainable: Trainable, state: Mapping[str, Tensor]) -> None:
     """Put name -> tensor into the trained part, in place."""
     trained = trainable.trained()

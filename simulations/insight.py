@@ -14,7 +14,7 @@ from fedhead.common.data.persons import names_of
 from fedhead.common.preparation import make_trainable
 from fedhead.common.results import Result
 from fedhead.common.tasks import make_task
-from fedhead.server.evaluation import load_state, outputs_of
+from fedhead.server.evaluation import left_out, load_state, outputs_of
 from fedhead.simulations.logs import FILE as HOLDERS_LOG
 from fedhead.simulations.prepared import Prepared
 
@@ -66,6 +66,7 @@ def notes_of(prepared: Prepared, result: Result) -> list[str]:
     corrupt = int((~prepared.train.features.finite()).sum())
     if corrupt:
         notes.append(f"{corrupt} training records could not be read or gave no finite features; they count as zero.")
+    notes += left_out(prepared.test)
     missing = sum(len(row["refused"]) for row in result.rounds)
     if missing:
         notes.append(f"{missing} updates are missing: a holder failed in that round, see {HOLDERS_LOG} in the folder.")

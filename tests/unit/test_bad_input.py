@@ -1,5 +1,6 @@
 """Input of hostile, clumsy or new users: one line with the remedy and status 2, and nothing left behind."""
 
+import json
 import logging
 import sys
 
@@ -8,6 +9,8 @@ import pytest
 
 from fedhead.common.config import changed, make_config
 from fedhead.common.errors import ConfigError, DataError, FedheadError, InputError, RunError
+from fedhead.common.results import Result
+from fedhead.simulations import federation
 from fedhead.simulations.simulate import simulate, simulate_seeds
 
 OWN_CODE = """
@@ -225,6 +228,31 @@ def test_folders_that_are_files(recipe, tmp_path):
     with pytest.raises(InputError, match=r"the feature cache in .* can't be written"):
         simulate(recipe, tmp_path / "run", state=tmp_path / "file")
     assert not (tmp_path / "run").exists()
+
+
+def test_test_records_that_metrics_leave_out_are_told(recipe, folder, tmp_path):
+    lines = (folder / "v.csv").read_text().splitlines()
+    (folder / "gaps.csv").write_text("\n".join([*lines[:21], *(f",{line.partition(',')[2]}" for line in lines[21:24])]))
+    changes = {"data.test": {"source": "csv:gaps.csv"}}
+    told = "3 of 23 test records could not be read or gave no finite features; the metrics leave them out."
+    result = simulate(changed(recipe, changes), tmp_path / "gaps", state=tmp_path / "state")
+    assert told in result.notes
+    assert told in json.loads((tmp_path / "gaps" / "result.json").read_text())["notes"]
+    assert told in (tmp_path / "gaps" / "report.html").read_text()
+    (folder / "gaps.csv").write_text("\n".join(lines[:21]))
+    assert simulate(changed(recipe, changes), tmp_path / "whole", state=tmp_path / "state").final == result.final
+    assert not any("test records" in note for note in Result.read(tmp_path / "whole").notes)
+
+
+def test_a_server_tells_what_metrics_leave_out(recipe, folder, tmp_path, monkeypatch):
+    """Its own notes are all that a deployed run has; a simulation makes them anew."""
+    lines = (folder / "v.csv").read_text().splitlines()
+    (folder / "gaps.csv").write_text("\n".join([*lines[:21], f",{lines[21].partition(',')[2]}"]))
+    monkeypatch.setattr(federation, "notes_of", lambda _, result: result.notes)
+    result = simulate(
+        changed(recipe, {"data.test": {"source": "csv:gaps.csv"}}), tmp_path / "run", state=tmp_path / "s"
+    )
+    assert [note.partition(" test records")[0] for note in result.notes] == ["1 of 21"]
 
 
 def test_seeds_must_be_positive(recipe, tmp_path):

@@ -22,7 +22,7 @@ from fedhead.common.config.places import path_from
 from fedhead.common.data.inputs import decode_image
 from fedhead.common.data.sources import load_records
 from fedhead.common.errors import DataError, InputError
-from fedhead.common.models.saved import Model, load_model
+from fedhead.common.models.saved import Model, load_model, vector_size
 
 TABLES: Final = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 IMAGES: Final = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
@@ -94,7 +94,7 @@ def predict_file(
             raise InputError(f'--weights is "{weights}": there is no such file or folder. Check the path.')
         weights = str(path)
     model = load_model(model_dir, weights=weights, allow_modules=allow_modules)
-    blocks = _blocks(inputs, model.backbone.kind, column)
+    blocks = _blocks(inputs, model.backbone.kind, column, vector_size(model.backbone))
     # The first block is read before anything is written: a wrong column leaves no half-written output behind.
     first = next(blocks, None)
     missing = 0
@@ -195,7 +195,7 @@ def _check_paths(inputs: Sequence[str]) -> None:
             raise InputError(f'INPUT is "{given}": there is no such file or folder. Check the path.')
 
 
-def _blocks(inputs: Sequence[str], kind: str, column: str | None) -> Iterator[Block]:
+def _blocks(inputs: Sequence[str], kind: str, column: str | None, size: int | None) -> Iterator[Block]:
     """All inputs, in order; named by their row or file, and by the file too when there are several."""
     alone = len(inputs) == 1
     for given in inputs:
@@ -211,7 +211,7 @@ def _blocks(inputs: Sequence[str], kind: str, column: str | None) -> Iterator[Bl
                 raise InputError(f'INPUT is "{given}": it is a folder, and this model takes {kind}s. Name a file.')
             yield from _folder(Path(given), alone)
         elif suffix in TABLES:
-            yield from _table(given, TABLES[suffix], kind, column, "" if alone else f"{given}:")
+            yield from _table(given, TABLES[suffix], kind, column, size, "" if alone else f"{given}:")
         elif kind == "image" and suffix in IMAGES:
             yield Block([given], [_open(Path(given))])
         else:
@@ -222,12 +222,19 @@ def _blocks(inputs: Sequence[str], kind: str, column: str | None) -> Iterator[Bl
             )
 
 
-def _table(path: str, source: str, kind: str, column: str | None, prefix: str) -> Iterator[Block]:
+def _table(path: str, source: str, kind: str, column: str | None, length: int | None, prefix: str) -> Iterator[Block]:
     try:
         records = load_records(f"{source}:{path}", {kind: column or kind}, None, Path.cwd(), setting="INPUT")
     except DataError as error:  # told in a recipe's words; this command has others
         told = str(error).replace(f"INPUT.columns.{kind}", "--column")
         raise DataError(told.replace(f'INPUT.source is "{source}:', 'INPUT is "')) from error
+    if length is not None and len(records):  # all are of one length
+        found = records.inputs(slice(0, 1))[0].size
+        if found != length:
+            raise DataError(
+                f'--column is "{column or kind}": it gives vectors of length {found}, and this model takes vectors of '
+                f"length {length}. Name the columns that the model was trained on."
+            )
     size = FEW if kind == "image" else BLOCK
     for start in range(0, len(records), size):
         stop = min(start + size, len(records))

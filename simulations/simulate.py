@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from fedhead.common import progress
 from fedhead.common.config import RunConfig, changed, find_recipe
+from fedhead.common.config.places import path_from
 from fedhead.common.errors import InputError
 from fedhead.common.preparation import default_cache
 from fedhead.common.results import Result, write_aside
@@ -70,6 +71,7 @@ def simulate(
     """
     config = recipe if isinstance(recipe, RunConfig) else find_recipe(recipe)
     name = name or ("run" if isinstance(recipe, RunConfig) else Path(str(recipe)).stem)
+    state = _path(state)
     with at_work(config, out, name, progress_listener, resume) as folder:
         prepared = prepare(config, cache_folder(state))
         return run(prepared, folder, name, engine, cache_folder(state), resume, state)
@@ -101,6 +103,7 @@ def simulate_seeds(
     if seeds < 1:
         raise InputError(f"seeds is {seeds}: it must be at least 1. Give a positive whole number such as 5.")
     results = []
+    state = _path(state)
     with at_work(config, out, name, progress_listener) as folder:
         for seed in range(config.run.seed, config.run.seed + seeds):
             one = changed(config, {"run.seed": seed})
@@ -135,7 +138,7 @@ def at_work(
 ) -> Iterator[Path]:
     """Everything around a run: its folder claimed, the holders' log open, progress told, failures in plain words."""
     with (
-        claimed(None if out is None else Path(out), name, resume) as folder,
+        claimed(_path(out), name, resume) as folder,
         holders_log(folder) as log,
         progress.listening(listener),
         threads(config.run.exact),
@@ -143,6 +146,10 @@ def at_work(
         plainly(config, log),
     ):
         yield folder
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else path_from(str(given), Path())
 
 
 def cache_folder(state: str | Path | None) -> Path:

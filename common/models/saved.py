@@ -112,7 +112,7 @@ class Model:
         Raises
         ------
         DataError
-            When an input is no text, image or vector. Never shows the input.
+            When an input is no text, image or vector, or a vector of another length. Never shows the input.
         """
         inputs = self._checked(inputs)
         labels: list[str] = [""] * len(inputs)
@@ -152,9 +152,9 @@ class Model:
             one = to_rgb(given) if kind == "image" else given
             if one is None:
                 raise DataError(
-                    f"inputs[{number}] has numbers of no known range (mode {given.mode}). Give 8 or 16 bits."
+                    f"inputs[{number}] has numbers of no known range (mode {given.mode}). Give 8 or 16 bits a colour."
                 )
-            found.append(np.asarray(one, dtype=np.float64) if kind == "vector" else one)
+            found.append(self._vector(number, one) if kind == "vector" else one)
         return found
 
 
@@ -197,7 +197,7 @@ def save_model(
         "task": config.task.model_dump(mode="json"),
         "model": config.model.model_dump(mode="json"),
         "base": _relative(config.base, folder),
-        "vector_size": _vector_size(backbone),
+        "vector_size": vector_size(backbone),
         "seed": config.run.seed,
         "sha256": hashlib.sha256(content).hexdigest(),
     }
@@ -233,7 +233,7 @@ def load_model(
     -----
     Guarantee: a model either predicts with the very backbone that its head was trained on, or isn't loaded.
     """
-    folder = Path(folder)
+    folder = path_from(str(folder), Path())
     if not (folder / CARD).exists() and (folder / "model" / CARD).exists():
         folder = folder / "model"
     shown = f'MODEL_DIR is "{folder}"'
@@ -324,7 +324,8 @@ def _fill(trainable: Trainable, state: Mapping[str, Tensor], shown: str) -> None
             value.copy_(state[name])
 
 
-def _vector_size(backbone: Backbone) -> int | None:
+def vector_size(backbone: Backbone) -> int | None:
+    """Length of the vectors that a backbone takes; None where it takes no vectors."""
     size = json.loads(backbone.preprocessing).get("input", {}).get("size") if backbone.kind == "vector" else None
     return size if isinstance(size, int) else None
 

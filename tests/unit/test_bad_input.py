@@ -9,6 +9,7 @@ import pytest
 
 from fedhead.common.config import changed, make_config
 from fedhead.common.errors import ConfigError, DataError, FedheadError, InputError, RunError
+from fedhead.common.models.saved import load_model
 from fedhead.common.results import Result
 from fedhead.simulations import federation
 from fedhead.simulations.simulate import simulate, simulate_seeds
@@ -253,6 +254,17 @@ def test_a_server_tells_what_metrics_leave_out(recipe, folder, tmp_path, monkeyp
         changed(recipe, {"data.test": {"source": "csv:gaps.csv"}}), tmp_path / "run", state=tmp_path / "s"
     )
     assert [note.partition(" test records")[0] for note in result.notes] == ["1 of 21"]
+
+
+def test_the_home_folder_can_be_named(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    result = simulate(recipe, "~/run", state="~/state")
+    assert result.folder == tmp_path / "home" / "run"
+    assert (tmp_path / "home" / "state" / "holders").is_dir()
+    assert load_model("~/run", allow_modules=True).labels == ("a", "b")
+    assert not (tmp_path / "~").exists()
 
 
 def test_seeds_must_be_positive(recipe, tmp_path):

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from fedhead.common.config import make_config
-from fedhead.common.errors import InputError
+from fedhead.common.errors import DataError, InputError
 from fedhead.common.models.backbones import load_backbone
 from fedhead.common.models.heads import make_head
 from fedhead.common.models.saved import load_model, save_model
@@ -322,3 +322,20 @@ def test_a_reader_that_stops_early_gets_no_traceback(models: dict[str, Path], tm
         process.stdout.close()
         assert b"Traceback" not in process.stderr.read()
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("odd", [[1.0], [1.0, 2.0, 3.0], [1.0, "SECRET"], [[1.0], [1.0, 2.0]], []])
+def test_a_vector_that_does_not_fit_is_told_in_one_line(models, odd):
+    model = load_model(models["Same"], allow_modules=True)
+    with pytest.raises(DataError, match=r"inputs\[1\] is .*\. Give") as caught:
+        model.predict([[1.0, 2.0], odd])
+    assert "SECRET" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_vectors_of_another_length_name_the_option(models, tmp_path, capsys):
+    (tmp_path / "v.csv").write_text("x1,x2,x3\n1,2,3\n", encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        predict_file(models["Same"], [str(tmp_path / "v.csv")], column="x1,x2,x3", allow_modules=True)
+    assert str(caught.value).startswith('--column is "x1,x2,x3": it gives vectors of length 3, and this model takes')
+    assert capsys.readouterr().out == ""

@@ -157,6 +157,21 @@ class Model:
             found.append(self._vector(number, one) if kind == "vector" else one)
         return found
 
+    def _vector(self, number: int, given: Any) -> np.ndarray:
+        size = vector_size(self.backbone)
+        try:
+            found = np.asarray(given, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise DataError(
+                f"inputs[{number}] is no vector: it must hold numbers alone. Give an array of shape (D,)."
+            ) from None
+        if size is not None and found.size != size:
+            raise DataError(
+                f"inputs[{number}] is a vector of length {found.size}: this model takes vectors of length {size}. "
+                f"Give arrays of shape ({size},)."
+            )
+        return found
+
 
 def save_model(
     folder: str | Path, trainable: Trainable, config: RunConfig, backbone: Backbone, task: Task | None = None

@@ -11,6 +11,7 @@ from fedhead.client.findings import Finding, apart, count, delta_as, left_as, op
 from fedhead.client.holder import MADE, HolderFile
 from fedhead.common.data.records import Records
 from fedhead.common.errors import DataError, FedheadError
+from fedhead.common.privacy.accounting import Spent
 from fedhead.common.privacy.filters import Left, Totals, least, left, spent
 from fedhead.common.privacy.ledger import DomainSummary, Ledger
 from fedhead.common.privacy.ledger.state import TRUSTING
@@ -99,7 +100,7 @@ def _own_budget(holder: HolderFile, domains: Sequence[DomainSummary]) -> Finding
     found = next((one for one in domains if one.domain == holder.budget.domain), None)
     cost = spent(terms, Totals() if found is None else found.totals)
     rest = _left_of_new(holder, domains) if found is None else found.left_by(terms)
-    parts = [f'"{holder.budget.domain}": {_figures(terms, cost.epsilon)}']
+    parts = [f'"{holder.budget.domain}": {_figures(terms, cost)}']
     parts.append(f"left {left_as(rest.epsilon)}" + (" for full-batch runs" if terms.poisson_share else ""))
     if terms.poisson_share:
         parts.append(f"{left_as(rest.poisson_epsilon)} for Poisson plans")
@@ -135,12 +136,13 @@ def _other_budget(found: DomainSummary) -> Finding:
     """The budget of another domain of the same holder, as its ledger knows it."""
     if found.terms is None or found.left is None or found.spent is None:
         return Finding("budget", "unknown", f'"{found.domain}": the ledger has no terms of it')
-    text = f'"{found.domain}": {_figures(found.terms, found.spent.epsilon)}, left {left_as(found.left.epsilon)}'
+    text = f'"{found.domain}": {_figures(found.terms, found.spent)}, left {left_as(found.left.epsilon)}'
     return Finding("budget", "ok", text)
 
 
-def _figures(terms: Terms, epsilon: float) -> str:
-    return f"spent {spent_as(epsilon)} of epsilon {terms.epsilon:g} at delta {delta_as(terms.delta)}"
+def _figures(terms: Terms, cost: Spent) -> str:
+    at = f" at delta {delta_as(cost.delta)}" if cost.delta != terms.delta else ""  # plans charged under other terms
+    return f"spent {spent_as(cost.epsilon)}{at} of epsilon {terms.epsilon:g} at delta {delta_as(terms.delta)}"
 
 
 def _compared(domains: Domains, domain: str, other: str) -> Finding:

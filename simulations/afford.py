@@ -111,8 +111,9 @@ def holders_of(work: Work, state: Path | None = None, ledgers: Sequence[Path] = 
     list of dict
         `holders` (names), `rounds`, `counts`, `epsilon`, `delta`, `accountant`, `refused` (why the holder's limits
         don't allow the request, or None; the backbone is not looked at), and `budget`: None, or `domain`,
-        `epsilon`, `delta`, `spent_before`, `spent_after`, `left_after` (epsilon, rounded down), `admitted`, `limit`
-        ("budget", "run" or None), `rounds_that_fit`, `other_units`. Under the unit `holder` it is None.
+        `epsilon`, `delta`, `spent_delta` (of the next two; `delta`, unless plans were charged more under other terms),
+        `spent_before`, `spent_after`, `left_after` (epsilon, rounded down), `admitted`, `limit` ("budget", "run" or
+        None), `rounds_that_fit`, `other_units`. Under the unit `holder` it is None.
 
     Raises
     ------
@@ -200,12 +201,14 @@ def _budget(
     # a run that can't be finished is refused at its first round, and spends nothing
     after = before.plus(work.charges(part)) if limit is None and part.rounds else before
     unit = work.config.privacy.unit
+    stated = spent(terms, after).delta
     return {
         "domain": domain,
         "epsilon": terms.epsilon,
         "delta": terms.delta,
-        "spent_before": _spent(terms, before),
-        "spent_after": _spent(terms, after),
+        "spent_delta": stated,
+        "spent_before": _spent(terms, before, stated),
+        "spent_after": _spent(terms, after, stated),
         "left_after": _left(terms, after, work.config.privacy.mechanism),
         "admitted": limit is None,
         "limit": limit,
@@ -224,8 +227,9 @@ def _fitting(work: Work, part: Part, broken: Callable[[Part], Limit | None]) -> 
     return low
 
 
-def _spent(terms: Terms, totals: Totals) -> float:
-    return spent(terms, totals).epsilon if totals != Totals() else 0.0
+def _spent(terms: Terms, totals: Totals, delta: float) -> float:
+    """At the terms' delta, or at a larger one, which covers plans that were charged under other terms."""
+    return spent(terms, totals, delta if delta != terms.delta else None).epsilon if totals != Totals() else 0.0
 
 
 def _left(terms: Terms, totals: Totals, mechanism: str) -> float:

@@ -195,7 +195,7 @@ def _show_budgets(out: Console, entries: Sequence[Mapping[str, Any]]) -> None:
     if len(entries) > SHOWN:
         table.add_row(f"and {len(entries) - SHOWN} more lines")
     out.print(table)
-    budgets = {(b["domain"], b["delta"]) for entry in entries if (b := entry["budget"]) is not None}
+    budgets = {(b["domain"], b["spent_delta"]) for entry in entries if (b := entry["budget"]) is not None}
     said = [f"domain {domain} at delta {show_delta(delta)}" for domain, delta in sorted(budgets)][:5]
     if said:
         out.print("; ".join(said))

@@ -191,12 +191,14 @@ def report_budget(context: Context) -> None:
         found = next((one for one in admission.ledger.summary(name) if one.domain == domain), None)
         totals = Totals() if found is None else found.totals
         rest = left(terms, totals) if found is None else found.left_by(terms)
+        cost = spent(terms, totals)
         # the most that any kind of run has left, as `fedhead check` judges it
         pipe.emit(
             "budget",
             domain=domain,
             # noise from a seed that arrived can be taken off by whoever sent it
-            spent="inf" if found is not None and found.given_away else _finite(spent(terms, totals).epsilon),
+            spent="inf" if found is not None and found.given_away else _finite(cost.epsilon),
+            delta=cost.delta,
             left=_finite(max(rest.epsilon, rest.poisson_epsilon)),
         )
     except Exception as error:  # a round that couldn't open the holder's records was refused, and said so

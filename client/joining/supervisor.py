@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Final, Protocol
 
+from fedhead.client.findings import delta_as
 from fedhead.client.joining.process import Child, Said
 from fedhead.client.joining.retry import REMEDIES
 from fedhead.common.refusals import TEXTS
@@ -261,7 +262,9 @@ def _tell(event: Mapping[str, Any]) -> None:
             log.warning("the coordinator asked who is here; the records can't be used", extra=fields)
         case "budget":
             spent, left = _figure(event.get("spent"), 3), _figure(event.get("left"), 3)
-            log.info("budget %s: epsilon %s spent, %s left", event.get("domain"), spent, left, extra=fields)
+            delta = event.get("delta")
+            at = f" at delta {delta_as(delta)}" if isinstance(delta, float) else ""
+            log.info("budget %s: epsilon %s spent%s, %s left", event.get("domain"), spent, at, left, extra=fields)
         case _:
             pass
 
@@ -273,4 +276,4 @@ def _figure(value: Any, digits: int) -> str:
     return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
 
 
-_FIELDS: Final = frozenset({"event", "round", "outcome", "code", "seconds", "good", "domain", "spent", "left"})
+_FIELDS: Final = frozenset({"event", "round", "outcome", "code", "seconds", "good", "domain", "spent", "delta", "left"})

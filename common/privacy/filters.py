@@ -163,6 +163,7 @@ def spent(terms: Terms | None, totals: Totals, delta: float | None = None) -> Sp
     ----------
     terms : Terms or None
         Needed where delta is None: then the mu part is stated at its own share of delta, and the whole at terms.delta.
+        Plans that were charged more delta than these terms set aside, under other terms, add to the delta stated.
     totals : Totals
     delta : float, in (0, 1), or None
         The delta of the statement. The mu part takes what the Poisson plans have left of it.
@@ -171,7 +172,7 @@ def spent(terms: Terms | None, totals: Totals, delta: float | None = None) -> Sp
     -------
     Spent
         accountant "gdp": full batch and counts alone; "sum": with Poisson plans, each charged whole; "none":
-        infinite. Infinity also where the Poisson plans have used up the delta.
+        infinite. Infinity also where the Poisson plans have used up the delta. Its delta covers all that is added up.
 
     Raises
     ------
@@ -186,7 +187,7 @@ def spent(terms: Terms | None, totals: Totals, delta: float | None = None) -> Sp
     if delta is None:
         if terms is None:
             raise InputError("delta is missing: without a budget there is none to state epsilon at. Set it.")
-        delta, share = terms.delta, parts_of(terms).delta
+        delta, share = _stated(terms, totals)
     else:
         check_delta(delta)
         share = difference_below(delta, totals.delta)
@@ -197,6 +198,16 @@ def spent(terms: Terms | None, totals: Totals, delta: float | None = None) -> Sp
         return Spent(math.inf, delta, accountant)
     gaussian = gdp_epsilon(root_above(totals.mu_squared), share) if totals.mu_squared else 0.0
     return Spent(sum_above(gaussian, totals.epsilon), delta, accountant)
+
+
+def _stated(terms: Terms, totals: Totals) -> tuple[float, float]:
+    """The delta to state totals at by the terms, and how much of it is the mu part's."""
+    parts = parts_of(terms)
+    if totals.delta <= parts.poisson_delta:
+        return terms.delta, parts.delta
+    # charged under other terms: what the mu part is stated at comes on top of all of it
+    delta = max(terms.delta, sum_above(parts.delta, totals.delta) if totals.mu_squared else totals.delta)
+    return (delta, parts.delta) if delta < 1 else (terms.delta, 0.0)
 
 
 def left(terms: Terms, totals: Totals) -> Left:

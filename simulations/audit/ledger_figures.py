@@ -134,7 +134,7 @@ def domain_figures(domain: Domain, run: str | None, delta: float | None) -> Figu
     charged = [one for one in domain.charged if run is None or one.row.run == run]
     sums = domain.sums if run is None else domain.runs[run]
     terms, totals = terms_of(domain), Totals(*sums.totals)
-    at = statement_delta(terms, totals.delta, delta)
+    at = statement_delta(terms, totals, delta)
     away = given_away(charged)
     own = Spent(math.inf, at, "none") if away else spent(terms, totals, at if terms is None else delta)
     found = compose(events_of(charged), at, away)
@@ -148,7 +148,7 @@ def set_figures(reading: Reading, name: str, names: Sequence[str], delta: float 
     terms, totals = terms_of(reading.domains[name]), Totals()
     for domain in domains:
         totals = totals.plus(Totals(*domain.sums.totals))
-    at, away = statement_delta(terms, totals.delta, delta), given_away(charged)
+    at, away = statement_delta(terms, totals, delta), given_away(charged)
     found = compose(events_of(charged), at, away)
     return Figures(
         found.first,
@@ -157,11 +157,14 @@ def set_figures(reading: Reading, name: str, names: Sequence[str], delta: float 
     )
 
 
-def statement_delta(terms: Terms | None, plans: float, delta: float | None) -> float:
-    """The delta to state epsilon at: the one that is asked for, the budget's, or 1e-5 with what the plans take."""
+def statement_delta(terms: Terms | None, totals: Totals, delta: float | None) -> float:
+    """The delta to state epsilon at: the one that is asked for, the budget's, or 1e-5 with what the plans take.
+
+    Plans that were charged more than the budget sets aside for them, under other terms, add to the budget's.
+    """
     if delta is not None:
         return delta
-    return terms.delta if terms is not None else min(DELTA + plans, 0.5)
+    return spent(terms, totals).delta if terms is not None else min(DELTA + totals.delta, 0.5)
 
 
 def given_away(charged: Iterable[Charged]) -> bool:

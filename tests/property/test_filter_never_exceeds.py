@@ -7,6 +7,7 @@ is among them. Filters with one fault each go through the same test and must fai
 """
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from fedhead.common.privacy.events import CountEvent, GaussianEvent, PoissonEvent
-from fedhead.common.privacy.filters import Charge, Totals, admits, charge_of
+from fedhead.common.privacy.filters import Charge, Totals, admits, charge_of, spent
 from fedhead.common.privacy.terms import Terms
 
 DELTA = 1e-3
@@ -244,6 +245,40 @@ def test_no_adversary_exceeds_the_budget():
 def test_a_faulty_filter_is_found_out(make):
     with pytest.raises(AssertionError):
         search(make, 300)
+
+
+def state(figure, examples):
+    """What was spent before the terms were declared, or under others, is stated by them all the same."""
+
+    @given(
+        TERMS | st.builds(Terms, st.just(1.0), st.sampled_from([1e-5, 0.3, 0.95]), st.sampled_from([0.0, 0.5, 1.0])),
+        st.lists(st.tuples(st.sampled_from(PLANS), st.sampled_from([1e-6, 0.5, 1.0, 1.5, 300.0])), max_size=3),
+        st.sampled_from([0.0, 0.01, 0.1, 1.0]),
+    )
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+    def run(terms, plans, mu):
+        events = [(plan, plan.steps) for (plan, _), _ in plans]
+        totals = Totals()
+        for (plan, part), times in plans:
+            totals = totals.plus(charge_of(plan, part * times * DELTA))
+        if mu:
+            events.append((GaussianEvent(1 / mu, 1.0, 1), 1))
+            totals = totals.plus(charge_of(events[-1][0]))
+        found = figure(terms, totals)
+        if events and found.epsilon < math.inf:
+            assert delta_of(events, found.epsilon) <= found.delta * (1 + 1e-9)
+            assert found.delta >= totals.delta
+
+    run()
+
+
+def test_no_figure_is_below_an_exact_composition_at_its_delta():
+    state(spent, 200)
+
+
+def test_a_figure_that_forgets_the_plans_delta_is_found_out():
+    with pytest.raises(AssertionError):
+        state(lambda terms, totals: replace(spent(terms, totals), delta=terms.delta), 200)
 
 
 def test_the_filter_uses_up_what_it_may():

@@ -10,21 +10,24 @@ import pytest
 
 from fedhead.common.errors import InputError
 from fedhead.common.privacy.accounting import epsilon
-from fedhead.common.privacy.events import GaussianEvent, NoPrivacyEvent
+from fedhead.common.privacy.events import GaussianEvent, NoPrivacyEvent, PoissonEvent
 from fedhead.common.privacy.filters import Totals
 from fedhead.common.privacy.gaussian import gdp_epsilon
 from fedhead.common.privacy.ledger import (
     Granted,
     Ledger,
+    Plan,
     store,
     transactions,
 )
 from fedhead.common.privacy.ledger import state as states
+from fedhead.common.privacy.terms import Terms
 from fedhead.simulations.audit.ledgers import (
     audit_ledgers,
     passed,
     show_audit,
 )
+from fedhead.simulations.budgets import read_budgets
 
 WORK = run_path(str(Path(__file__).with_name("ledger_work.py")))
 COUNT, PLAN, STEP, TERMS = (WORK[name] for name in ("COUNT", "PLAN", "STEP", "TERMS"))
@@ -32,6 +35,24 @@ bad, checks, fill, give, pack, want = (WORK[name] for name in ("bad", "checks", 
 
 
 # ----------------------------------------------------------------------------------------------------- a sound ledger
+
+
+def test_terms_that_came_after_a_plan_with_a_larger_share_of_delta(tmp_path):
+    """A plan takes all of the later terms' delta: what is stated then covers both, and the audit passes."""
+    plan, step = Plan(PoissonEvent(30.0, 1.0, 0.25, 6), 0.01), GaussianEvent(20.0, 1.0, 1)
+    with Ledger(tmp_path / "ledger.sqlite") as opened:
+        give(opened, want(1, plan.event, "sampled", plan=plan))
+        give(opened, want(1, step, "full"))
+        opened.declare("ann", "notes", Terms(1.0, 0.01))
+    found = audit_ledgers([tmp_path])
+    assert passed(found), bad(found)
+    figures = found["holders"][0]["domains"][0]["epsilon"]
+    assert {one["delta"] for one in figures.values()} == {0.02}
+    (row,) = read_budgets([tmp_path])["domains"]
+    assert row["spent"] == figures["ledger"]
+    assert row["spent"]["epsilon"] >= epsilon([plan.event, step], 0.02).epsilon
+    sampled = next(run for run in row["runs"] if run["run"] == "sampled")
+    assert sampled["spent"]["delta"] == 0.01  # a plan by itself is stated at its own
 
 
 def test_a_sound_ledger_passes_with_figures_of_independent_accountants(ledger, capsys):

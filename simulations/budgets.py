@@ -8,6 +8,7 @@ is asked for, and each Poisson plan's own delta comes on top.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +33,7 @@ _LEGEND: Final = (
     "Poisson: what is left for Poisson plans",
     "unsent: reserved and never released, spent all the same",
 )
+_FORKED: Final = "a copy of this ledger went on by itself: what both spent adds up; run fedhead audit ledger"
 SHOWN: Final = 50  # domains in a terminal; --json has all
 
 
@@ -71,8 +73,15 @@ def read_budgets(paths: Sequence[Path], delta: float | None = None) -> dict[str,
             return lambda file, mark: reader.open(file).has(holder, mark)
 
         kept = [(holder, file) for holder in sorted(chains) for file in newest(chains[holder], has(holder))]
+        firsts = {} if len(kept) == len(chains) else {one: reader.first(*one) for one in kept}
+        seen = Counter((holder, first) for (holder, _), first in firsts.items())
+        forked = {one for one, first in firsts.items() if seen[one[0], first] > 1}
         return {
-            "domains": [_row(file, one, delta) for holder, file in kept for one in reader.open(file).summary(holder)]
+            "domains": [
+                _row(file, one, delta, (holder, file) in forked)
+                for holder, file in kept
+                for one in reader.open(file).summary(holder)
+            ]
         }
 
 
@@ -157,8 +166,12 @@ class _Reader:
             self._ledger = Ledger(file, create=False, read_only=True)
         return self._ledger
 
+    def first(self, holder: str, file: Path) -> str:
+        """The hash of the first row of a holder's chain: copies share it, whatever became of them."""
+        return next(self.open(file).entries(holder)).hash
 
-def _row(file: Path, one: DomainSummary, delta: float | None) -> dict[str, Any]:
+
+def _row(file: Path, one: DomainSummary, delta: float | None, forked: bool) -> dict[str, Any]:
     return {
         "ledger": str(file),
         "holder": one.holder,
@@ -174,7 +187,7 @@ def _row(file: Path, one: DomainSummary, delta: float | None) -> dict[str, Any]:
         "reserved": sum(run.reserved for run in one.runs),
         "abandoned": sum(run.abandoned for run in one.runs),
         "runs": [_run(run, one, delta) for run in one.runs],
-        "notes": list(_notes(one)),
+        "notes": [*([_FORKED] if forked else []), *_notes(one)],
     }
 
 

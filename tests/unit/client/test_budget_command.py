@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 from scipy.optimize import brentq
@@ -202,6 +203,24 @@ def test_many_holders_are_cut_short_in_a_terminal_only(fedhead, tmp_path):
     _, out, _ = fedhead("budget", ".")
     assert "and 10 more" in out
     assert len(json.loads(fedhead("budget", ".", "--json")[1])["domains"]) == 60
+
+
+def test_a_copy_that_went_on_by_itself_is_said(fedhead, two_runs):
+    for name in ("copy", "old"):
+        shutil.copytree(two_runs / "state", two_runs / name)
+    note = "a copy of this ledger went on by itself: what both spent adds up; run fedhead audit ledger"
+    with ledger(two_runs / "copy") as opened:
+        rounds(opened, "third", [1], GaussianEvent(9.0, 1.0, 1))
+    assert note not in fedhead("budget", ".")[1].replace("\n", " ")  # one only goes on from the others
+    with ledger(two_runs / "state") as opened:
+        rounds(opened, "fourth", [1], GaussianEvent(9.0, 1.0, 1))
+    assert " ".join(fedhead("budget", ".")[1].split()).count(note) == 1
+    rows = json.loads(fedhead("budget", ".", "--json")[1])["domains"]
+    assert [row["notes"] for row in rows] == [[note]] * 2
+    with ledger(two_runs / "other") as opened:  # the same holder's name, but no copy
+        rounds(opened, "first", [1], GaussianEvent(9.0, 1.0, 1))
+    rows = read_budgets([two_runs / "copy", two_runs / "other"])["domains"]
+    assert not any(note in row["notes"] for row in rows)
 
 
 def test_looking_changes_nothing(two_runs):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from fedhead.common.config.files import SettingsFile, judged
 from fedhead.common.config.limits import Budget, Limits
 from fedhead.common.config.names import Name, is_name
 from fedhead.common.config.places import HOST_RULE, address_of, is_host, path_from
-from fedhead.common.config.tables import Table, read_toml
+from fedhead.common.config.tables import Table, read_bytes, read_toml
 from fedhead.common.errors import InputError
 
 LEDGER, FEATURES = "ledger.sqlite", "features"
@@ -34,6 +35,7 @@ ROLES = ("text", "image", "vector", "label")
 _PATH = r"^[^\x00]+$"
 _ADDRESS = r"^\S+:[0-9]{1,5}$"
 _PAGE = "docs/holder.md"
+_MISSING = f"Name the data holder's own file; {_PAGE} shows one."
 
 
 class HolderData(Table):
@@ -133,8 +135,18 @@ def load_holder(path: str | Path) -> HolderFile:
         With every fault at once, one line each.
     """
     path = Path(path)
-    raw = read_toml(path, "HOLDER", f"Name the data holder's own file; {_PAGE} shows one.")
-    return make_holder(raw, base=path.parent)
+    return make_holder(read_toml(path, "HOLDER", _MISSING), base=path.parent)
+
+
+def digest_of(path: Path) -> str:
+    """Digest of a holder.toml as it lies there now, valid or not: another one says that the file was edited.
+
+    Raises
+    ------
+    ConfigError
+        It can't be read.
+    """
+    return blake2b(read_bytes(path, "HOLDER", _MISSING), digest_size=16).hexdigest()
 
 
 def make_holder(raw: Mapping[str, Any], base: Path | None = None) -> HolderFile:

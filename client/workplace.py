@@ -7,15 +7,18 @@ of a deployment is named by the node's own config, and prepared from its own fil
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from flwr.app import Context
 
 from fedhead.client.admission import Admission
+from fedhead.client.holder import digest_of
 from fedhead.client.placing import place
 from fedhead.client.together import Together
 from fedhead.client.training import Trainer
@@ -36,6 +39,8 @@ from fedhead.common.privacy.noise import Streams, simulation_streams, system_str
 from fedhead.common.privacy.secure import choose_source
 from fedhead.common.round_request import RoundRequest
 from fedhead.common.tasks import make_task
+
+log = logging.getLogger("fedhead.client")
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,26 @@ class Workplace:
 LEDGER = "holders/ledgers.sqlite"
 """The ledger of all simulated holders, in the folder of the run or in the one that keeps the holders between runs."""
 
-_WORKPLACES: dict[str, Workplace] = {}
+
+class Place(NamedTuple):
+    """What a workplace was opened for.
+
+    Attributes
+    ----------
+    recipe : str
+        As `to_json` writes it.
+    holder : str
+        Path of a deployed holder's file; empty in a simulation.
+    digest : str
+        Of that file: one that is edited opens the holder anew, so that its budget and limits are those it names now.
+    """
+
+    recipe: str
+    holder: str = ""
+    digest: str = ""
+
+
+_WORKPLACES: dict[Place, Workplace] = {}
 _OPENING = threading.Lock()
 
 
@@ -111,37 +135,46 @@ def holder_name(number: int) -> str:
 
 def offer(key: str, workplace: Workplace) -> None:
     """Keep a workplace that the engine prepared; `key` is the recipe as `to_json` writes it."""
-    _WORKPLACES[key] = workplace
+    _WORKPLACES[Place(key)] = workplace
 
 
 def withdraw(key: str) -> None:
     """Forget a workplace."""
-    _WORKPLACES.pop(key, None)
+    _WORKPLACES.pop(Place(key), None)
 
 
 def workplace_of(context: Context) -> tuple[Workplace, str, Labelled]:
-    """The workplace, name and records of the holder that a message is for."""
+    """The workplace, name and records of the holder that a message is for.
+
+    Raises
+    ------
+    FedheadError
+        It can't be opened, or a deployed holder's file can't be read any more.
+    """
     with _OPENING:
         return _workplace_of(context)
 
 
 def is_open(context: Context) -> bool:
-    """Whether the workplace that a message is for is there already."""
+    """Whether the workplace that a message is for is there already, opened by the holder's file as it is now."""
     return _place(context) in _WORKPLACES
 
 
-def _place(context: Context) -> str:
-    # the first is what the holder gave its node; a server can't set it
-    return str(context.node_config.get("holder", "")) + str(context.run_config.get("recipe", ""))
+def _place(context: Context) -> Place:
+    own = str(context.node_config.get("holder", ""))  # what the holder gave its node; a server can't set it
+    return Place(str(context.run_config.get("recipe", "")), own, digest_of(Path(own)) if own else "")
 
 
 def _workplace_of(context: Context) -> tuple[Workplace, str, Labelled]:
-    key, own, place = str(context.run_config["recipe"]), str(context.node_config.get("holder", "")), _place(context)
+    key, place = str(context.run_config["recipe"]), _place(context)
+    own = place.holder
     workplace = _WORKPLACES.get(place)
     if workplace is None:
         if own:
             from fedhead.client.deployed import deploy
 
+            if any(other.holder == own and other.digest != place.digest for other in _WORKPLACES):
+                log.info("%s has changed: read anew", Path(own).name)
             workplace = deploy(Path(own), key)
         else:
             cache, ledger = (str(context.run_config.get(name, "")) for name in ("cache", "ledger"))
@@ -155,7 +188,7 @@ def _workplace_of(context: Context) -> tuple[Workplace, str, Labelled]:
             with old.lock:  # a round of it may be under way
                 old.admission.close()
         _WORKPLACES.clear()
-        offer(place, workplace)
+        _WORKPLACES[place] = workplace
     number = 0 if own else int(context.node_config["partition-id"])
     return workplace, *workplace.holders[number]
 

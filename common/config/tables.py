@@ -52,24 +52,31 @@ def read_toml(path: Path, name: str, remedy: str) -> dict[str, Any]:
     ConfigError
         With one line that begins with the name and the path.
     """
+    content = read_bytes(path, name, remedy)
     try:
-        with path.open("rb") as file:
-            content = file.read(_LARGEST + 1)
-        if len(content) > _LARGEST:
-            rule = f"it must have at most {_LARGEST >> 20} MiB"
-            raise ConfigError([f'{name} is "{path}": {rule}. Check that it is the right file.'])
         # Editors of some systems begin a file with a byte order mark.
         return tomllib.loads(content.decode("utf-8-sig"))
-    except FileNotFoundError as error:
-        raise ConfigError([f'{name} is "{path}": there is no such file. {remedy}']) from error
-    except OSError as error:
-        raise ConfigError([f'{name} is "{path}": it can\'t be read ({error.strerror}). Check the file.']) from error
     except UnicodeDecodeError as error:
         raise ConfigError([f'{name} is "{path}": it must be text in UTF-8. Save it in that encoding.']) from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([f'{name} is "{path}": it is no valid TOML ({error}). Correct that line.']) from error
     except (ValueError, RecursionError) as error:  # numbers and nesting beyond all bounds
         raise ConfigError([f'{name} is "{path}": it is no valid TOML. Correct it.']) from error
+
+
+def read_bytes(path: Path, name: str, remedy: str) -> bytes:
+    """The bytes of such a file; parameters and errors as those of `read_toml`."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+    except FileNotFoundError as error:
+        raise ConfigError([f'{name} is "{path}": there is no such file. {remedy}']) from error
+    except OSError as error:
+        raise ConfigError([f'{name} is "{path}": it can\'t be read ({error.strerror}). Check the file.']) from error
+    if len(content) > _LARGEST:
+        rule = f"it must have at most {_LARGEST >> 20} MiB"
+        raise ConfigError([f'{name} is "{path}": {rule}. Check that it is the right file.'])
+    return content
 
 
 def part_of(model: type[BaseModel], name: str, raw: Mapping[str, Any]) -> Any:

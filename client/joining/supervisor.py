@@ -35,6 +35,7 @@ GOOD_SECONDS: Final = 60.0  # a process that lived so long starts again after th
 MOST_TRIES: Final = 5  # starts of an executor that never was ready
 ROUND_SECONDS: Final = 20.0  # a round under way has so long when join is told to end
 END_SECONDS: Final = 5.0  # a process has so long to end by itself
+LAST_SECONDS: Final = 2.0  # what an executor said before it ended is waited for so long
 
 
 class Figures(Protocol):
@@ -240,6 +241,22 @@ class Supervisor:
         if executor is not None:
             executor.end(signal.SIGTERM, self.end_seconds, hurry)
             self.figures.up(EXECUTOR, False)
+            self._hear_last(executor)
+
+    def _hear_last(self, executor: Child) -> None:
+        """Count and log what the executor said before its end: a round may be among it that was charged."""
+        until = time.monotonic() + LAST_SECONDS
+        while (wait := until - time.monotonic()) > 0:
+            try:
+                said: Said | None = self._heard.get(timeout=wait)
+            except Empty:
+                return
+            if said is None or said.child is not executor:
+                continue
+            if said.event is None:
+                return
+            self.figures.event(said.event)
+            _tell(said.event)
 
 
 _WORDS: Final = {NODE: "node", EXECUTOR: "training"}

@@ -239,6 +239,41 @@ def test_a_second_stop_does_not_wait(bench):
     assert found.ended() == 0
 
 
+LAST = """
+def leave(number, _):
+    time.sleep(0.3)
+    say("round", round=7, outcome="released", code=None, seconds=1.5)
+    say("budget", domain="wards", spent=1.0, left=2.0)
+    os._exit(0)
+signal.signal(signal.SIGTERM, leave)
+say("ready")
+"""
+
+
+def test_what_the_executor_says_last_is_heard_before_the_end(bench, caplog):
+    caplog.set_level(logging.INFO, "fedhead.client")
+    found = bench(executor=LAST)
+    found.until(lambda: "online" in found.figures.events)
+    found.supervisor.stop()
+    assert found.ended() == 0
+    assert caplog.messages[-2:] == ["round 7 released after 1.50 s", "budget wards: epsilon 1.000 spent, 2.000 left"]
+    assert found.figures.events[-2:] == ["round", "budget"]
+    assert found.figures.running == {NODE: False, EXECUTOR: False}
+
+
+def test_an_end_that_is_never_heard_is_waited_for_within_bounds(bench, monkeypatch):
+    monkeypatch.setattr(supervisor, "LAST_SECONDS", 0.3)
+    # a process of the executor's own holds its output open
+    found = bench(executor="import subprocess; held = subprocess.Popen(['sleep', '20']); note('held', held.pid); " + READY)
+    found.until(lambda: "online" in found.figures.events)
+    started = time.monotonic()
+    found.supervisor.stop()
+    assert found.ended() == 0
+    assert time.monotonic() - started < 10
+    ((held,),) = found.found(EXECUTOR, "held")
+    os.kill(held, signal.SIGKILL)
+
+
 def test_lines_that_are_no_events_are_passed_over(bench):
     found = bench(executor="os.write(1, b'no json\\n[1]\\n{}\\n\\xff\\n' + b'x' * 200000 + b'\\n')\n" + READY)
     found.until(lambda: found.found(EXECUTOR, "heard"))

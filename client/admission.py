@@ -56,6 +56,8 @@ CODES: Mapping[str, int] = {
     "stale": STALE_ROUND,
     "unit": OTHER_UNIT,
 }
+REASONS: Mapping[str, str] = {"unit": "its budget was begun with another privacy unit, and one budget covers one unit"}
+"""What the holder's own log says in place of a word."""
 DOMAIN = "default"
 TRUSTING = ".holder-unit"
 """Ends the domain of runs under the unit "holder": their noise is the server's, and so is their account. Units are
@@ -164,7 +166,8 @@ class Admission:
             log.error("%s: %s", holder, fault)
             raise refusal(NO_LEDGER) from fault
         if isinstance(outcome, Denied):
-            log.warning("%s: round %d is refused: %s", holder, asked.request.round, outcome.reason)
+            why = REASONS.get(outcome.reason, outcome.reason)
+            log.warning("%s: round %d is refused: %s", holder, asked.request.round, why)
             raise refusal(CODES[outcome.reason])
         if isinstance(outcome, Repeated):
             return Admitted(outcome.sequence, outcome.mark, outcome.payload)

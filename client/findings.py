@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import stat
 from dataclasses import dataclass
+from decimal import ROUND_DOWN, Context
 from pathlib import Path
 from typing import Final, Literal
 
@@ -54,6 +55,11 @@ def delta_as(value: float) -> str:
     """A delta as it is typed: 1e-6."""
     mantissa, _, exponent = f"{value:.3g}".partition("e")
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+
+
+def delta_left_as(value: float) -> str:
+    """A delta that is left, rounded down: as typed, it still fits."""
+    return delta_as(float(Context(prec=3, rounding=ROUND_DOWN).create_decimal(value)))
 
 
 def span(seconds: float) -> str:

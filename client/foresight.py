@@ -11,23 +11,34 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from fedhead.client.findings import NO_RECORDS, Finding, apart, count, delta_as, left_as, span, spent_as
+from fedhead.client.findings import (
+    NO_RECORDS,
+    Finding,
+    apart,
+    count,
+    delta_as,
+    delta_left_as,
+    left_as,
+    span,
+    spent_as,
+)
 from fedhead.client.holder import MADE, HolderFile
 from fedhead.client.standing import usable
 from fedhead.common.config import RunConfig
 from fedhead.common.data.records import Records
 from fedhead.common.errors import ConfigError, DataError, FedheadError, Refused
-from fedhead.common.refusals import BEYOND_BUDGET, BEYOND_RUN
+from fedhead.common.refusals import BEYOND_BUDGET, BEYOND_RUN, OTHER_UNIT
 
 if TYPE_CHECKING:
     from fedhead.common.config.schema import FeatureSettings
     from fedhead.common.models.backbones import Backbone
+    from fedhead.common.privacy.ledger import DomainSummary
     from fedhead.common.round_request import RoundRequest
 
 LOOK_SECONDS: Final = 5.0  # that computing some features may take, to say how long all will
@@ -132,23 +143,26 @@ def _admitted(holder: HolderFile, config: RunConfig, backbone: str) -> Iterator[
         yield Finding("cost", "unknown", "not looked at: it takes the storage folder and the ledger in it")
         return
     try:
-        left_then = _rehearse(holder, request)
-    except Refused as refused:
-        if refused.code not in (BEYOND_BUDGET, BEYOND_RUN):
-            yield Finding("recipe", "remedy", f"a request would be refused: {refused}", limits)
-            return
-        yield within
-        text = f"{_cost(request)}; it would be refused: {refused}"
-        yield Finding("cost", "remedy", text, "Agree on fewer rounds or more noise with the coordinator.")
-        return
+        refused, domains = _rehearse(holder, request)
     except FedheadError as error:
         yield Finding("cost", "unknown", f"not looked at: {apart(error)[0]}")
+        return
+    if refused is not None and refused.code == OTHER_UNIT and request.unit in holder.limits.units:
+        yield _mixed(holder, request.unit, domains)
+        return
+    if refused is not None and refused.code not in (BEYOND_BUDGET, BEYOND_RUN):
+        yield Finding("recipe", "remedy", f"a request would be refused: {refused}", limits)
+        return
+    if refused is not None:
+        yield within
+        text = f"{_cost(request)}; it would be refused: {refused}"
+        yield Finding("cost", "remedy", text, _cheaper(holder, request, domains))
         return
     yield within
     if request.mechanism == "none":
         yield Finding("cost", "ok", "none of the budget: the server adds the noise")
     else:
-        yield Finding("cost", "ok", f"{_cost(request)}; {left_as(left_then)} is left then")
+        yield Finding("cost", "ok", f"{_cost(request)}; {left_as(_left_then(holder, request, domains))} is left then")
 
 
 def _request(config: RunConfig, backbone: str) -> RoundRequest:
@@ -183,20 +197,24 @@ def _request(config: RunConfig, backbone: str) -> RoundRequest:
     )
 
 
-def _rehearse(holder: HolderFile, request: RoundRequest) -> float:
-    """Admit the first round of a run in a copy of the ledger; the epsilon that is left when the run has ended.
+class _Rehearsed(NamedTuple):
+    """How the first round was met in the copy of the ledger, and the holder's domains there after it, by name."""
+
+    refused: Refused | None
+    domains: dict[str, DomainSummary]
+
+
+def _rehearse(holder: HolderFile, request: RoundRequest) -> _Rehearsed:
+    """Admit the first round of a run in a copy of the ledger.
 
     Raises
     ------
-    Refused
-        As the holder would refuse it.
     LedgerError
         The ledger can't be read.
     """
     from flwr.app import ArrayRecord
 
-    from fedhead.client.admission import Admission, foreseen
-    from fedhead.common.privacy.filters import Totals, charge_of
+    from fedhead.client.admission import Admission
     from fedhead.common.privacy.ledger import Ledger
     from fedhead.common.protocol import Asked
 
@@ -206,19 +224,65 @@ def _rehearse(holder: HolderFile, request: RoundRequest) -> float:
             with Ledger(holder.ledger, create=False, read_only=True) as ledger:
                 ledger.export(Path(folder))
         copy.parent.mkdir(mode=0o700, exist_ok=True)
-        ledger = Ledger(copy)
+        ledger, refused = Ledger(copy), None
         admission = Admission(ledger, holder.limits, holder.budget, {holder.name: _RUN})
         try:
             admission.admit(holder.name, Asked(request, ArrayRecord(), _RUN, None), _RUN)
-            # with the first round, of a Poisson plan with all of it
-            found = {one.domain: one for one in ledger.summary(holder.name)}[holder.budget.domain]
+        except Refused as found:
+            refused = found
         finally:
+            domains = {one.domain: one for one in ledger.summary(holder.name)}
             admission.close()
+    return _Rehearsed(refused, domains)
+
+
+def _left_then(holder: HolderFile, request: RoundRequest, domains: Mapping[str, DomainSummary]) -> float:
+    """The epsilon that is left when the run has ended; its first round brought, of a Poisson plan, all of it."""
+    from fedhead.client.admission import foreseen
+    from fedhead.common.privacy.filters import Totals, charge_of
+
     further = Totals()
     for event in foreseen(request):
         further = further.plus(charge_of(event))
-    rest = found.left_by(holder.budget.terms(), further)
+    rest = domains[holder.budget.domain].left_by(holder.budget.terms(), further)
     return rest.poisson_epsilon if request.mechanism == "poisson" else rest.epsilon
+
+
+def _cheaper(holder: HolderFile, request: RoundRequest, domains: Mapping[str, DomainSummary]) -> str:
+    """What makes a run fit that is beyond the budget. A Poisson plan's delta is charged whatever the noise."""
+    from fedhead.common.privacy.terms import run_parts_of
+
+    usual = "Agree on fewer rounds or more noise with the coordinator."
+    if request.mechanism != "poisson":
+        return usual
+    terms = holder.budget.terms()
+    room, run = domains[holder.budget.domain].left_by(terms).poisson_delta, run_parts_of(terms)
+    room = room if run is None else min(room, run.poisson_delta)
+    if request.delta <= room:
+        return usual
+    if not room:
+        return (
+            'budget.poisson_share leaves no delta for Poisson plans: agree on privacy.mechanism = "full-batch" with '
+            "the coordinator, or raise the share."
+        )
+    return (
+        f"Set privacy.delta to at most {delta_left_as(room)} in the recipe, with the coordinator: so much delta is "
+        "left for Poisson plans (budget.poisson_share), and no noise lowers a plan's."
+    )
+
+
+def _mixed(holder: HolderFile, unit: str, domains: Mapping[str, DomainSummary]) -> Finding:
+    """That the limits allow a unit, and the budget, begun with another one, does not."""
+    own, apart_from = holder.budget.domain, holder.budget.disjoint_from
+    begun = [one for one in domains.values() if set(one.units) - {unit, "holder"}]
+    first = min(begun, key=lambda one: (one.domain != own, one.domain in apart_from))
+    return Finding(
+        "recipe", "remedy",
+        f'its unit is {unit}, but the budget of domain "{first.domain}" was begun with the unit '
+        f"{', '.join(first.units)}, and one budget covers one unit",
+        "Have the recipe ask for that unit, or take other people's records under another budget.domain; both files "
+        "must then name the other's domain in budget.disjoint_from.",
+    )  # fmt: skip
 
 
 def _cost(request: RoundRequest) -> str:

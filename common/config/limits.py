@@ -88,7 +88,8 @@ class Limits(Table):
     units: list[Unit] = Field(
         ["record", "person"],
         min_length=1,
-        description="Privacy units that are accepted. `holder` trusts the server to add the noise.",
+        description="Privacy units that are accepted. One budget covers one unit: the first that a domain is charged "
+        "under stays its only one. `holder` trusts the server to add the noise, and must stand alone.",
     )
     tasks: list[str] | None = Field(None, description="Kinds of task that are accepted. Default: any.")
     backbones: list[Annotated[str, Field(pattern=r"^(sha256:)?[0-9a-f]{64}$")]] | None = Field(

@@ -6,7 +6,6 @@ import pytest
 
 from fedhead.client import workplace
 from fedhead.common import refusals
-from fedhead.common.privacy.ledger import Ledger
 
 ANEW = "holder.toml has changed: read anew"
 

@@ -1,5 +1,6 @@
 """What taking part would take is what a deployed holder then does: same limits, same cost, same features."""
 
+import json
 import re
 from pathlib import Path
 from runpy import run_path
@@ -284,3 +285,61 @@ def test_a_look_is_told_in_words(here, tiny, monkeypatch):
     assert "about 2 h 1 min here for 1,797 records" in found(here, tiny())["features"].text
     monkeypatch.setattr(foresight, "_seconds", lambda *_: None)
     assert found(here, tiny())["features"].state == "remedy"
+
+
+def test_a_second_unit_in_a_domain_is_told_as_what_it_is(here, tiny):
+    carry_out(here, tiny({"privacy.epsilon": 1.0}))  # under the unit record
+    digits = load_digits()
+    (here / "ward.json").write_text(
+        "\n".join(
+            json.dumps({"vector": (image / 16).tolist(), "label": str(label), "whose": f"p{number // 4}"})
+            for number, (image, label) in enumerate(zip(digits.data[:200], digits.target[:200], strict=True))
+        )
+    )
+    change(here, 'source = "sklearn:digits"', 'source = "json:ward.json"\nperson = "whose"')
+    persons = tiny({"privacy.unit": "person", "privacy.person": "whose", "privacy.epsilon": 1.0})
+    told = found(here, persons)["recipe"]
+    assert told.state == "remedy"
+    assert 'its unit is person, but the budget of domain "wards" was begun with the unit record' in told.text
+    assert "budget.domain" in told.remedy
+    assert "limit" not in told.text + told.remedy
+    change(here, 'domain = "wards"', 'domain = "clinic"')  # not declared disjoint: both are one budget
+    assert 'the budget of domain "wards" was begun' in found(here, persons)["recipe"].text
+    change(here, 'domain = "clinic"', 'domain = "clinic"\ndisjoint_from = ["wards"]')
+    holder = load_holder(here / "holder.toml")
+    with Ledger(holder.ledger) as ledger:  # as the other file would
+        ledger.declare("st-mary", "wards", holder.budget.terms(), ("clinic",))
+    assert states(found(here, persons))["recipe"] == "ok"
+
+
+POISSON = {
+    "privacy.mechanism": "poisson",
+    "privacy.sample_rate": 0.1,
+    "privacy.epsilon": None,
+    "privacy.noise_multiplier": 20.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("budget", "most"),
+    [
+        ("poisson_share = 0.3", 3e-6),
+        ("poisson_share = 1.0\nper_run = { epsilon = 3.0, delta = 2e-6 }", 2e-6),
+    ],
+)
+def test_a_poisson_plan_whose_delta_does_not_fit_is_told_the_delta_that_does(here, tiny, budget, most):
+    change(here, "delta = 1e-5", f"delta = 1e-5\n{budget}")
+    told = found(here, tiny({**POISSON, "privacy.delta": 1e-5}))["cost"]
+    assert told.state == "remedy"
+    delta = float(re.search(r"Set privacy.delta to at most (\S+) ", told.remedy)[1])
+    assert delta <= most
+    assert delta == pytest.approx(most, rel=0.01)
+    assert "more noise" not in told.remedy
+    assert found(here, tiny({**POISSON, "privacy.delta": delta}))["cost"].state == "ok"
+
+
+def test_a_poisson_plan_without_a_share_is_told_so_and_one_that_costs_too_much_to_cost_less(here, tiny):
+    assert 'privacy.mechanism = "full-batch"' in found(here, tiny(POISSON))["cost"].remedy
+    change(here, "delta = 1e-5", "delta = 1e-5\npoisson_share = 1.0")
+    dear = tiny({**POISSON, "privacy.noise_multiplier": 0.5, "privacy.delta": 1e-6})
+    assert "more noise" in found(here, dear)["cost"].remedy

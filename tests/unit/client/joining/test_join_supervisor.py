@@ -264,7 +264,9 @@ def test_what_the_executor_says_last_is_heard_before_the_end(bench, caplog):
 def test_an_end_that_is_never_heard_is_waited_for_within_bounds(bench, monkeypatch):
     monkeypatch.setattr(supervisor, "LAST_SECONDS", 0.3)
     # a process of the executor's own holds its output open
-    found = bench(executor="import subprocess; held = subprocess.Popen(['sleep', '20']); note('held', held.pid); " + READY)
+    found = bench(
+        executor="import subprocess; held = subprocess.Popen(['sleep', '20']); note('held', held.pid); " + READY
+    )
     found.until(lambda: "online" in found.figures.events)
     started = time.monotonic()
     found.supervisor.stop()

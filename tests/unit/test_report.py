@@ -119,6 +119,31 @@ def test_headline_figures_stand_beside_what_they_are_compared_with() -> None:
     assert "a deployment must declare a public constant" in text
 
 
+def of_unit(unit: str) -> Result:
+    """A private run under another unit than the record."""
+    result = make_result()
+    return replace(
+        result,
+        config={**result.config, "privacy": {**result.config["privacy"], "unit": unit}},
+        privacy=[{**spend, "unit": unit, "adjacency": f"add or remove one {unit}"} for spend in result.privacy],
+    )
+
+
+def test_where_the_server_adds_the_noise_no_update_is_said_to_be_noised() -> None:
+    text = Page(render(of_unit("holder"))).text
+    assert "its update without noise" in text
+    assert "The server clips it, adds the noise and is trusted" in text
+    assert "clipped and noised gradients" not in text
+    assert "Somebody who sees every update" not in text
+    assert "Somebody who sees the heads after the noise (not the server, which is trusted)" in text
+    lead = text[text.index("The trained head reaches") : text.index("on test records")]
+    assert "sees every update without it and is trusted" in lead
+    for unit in ("record", "person"):
+        text = Page(render(of_unit(unit))).text
+        assert "clipped and noised gradients" in text and "Somebody who sees every update" in text
+        assert "trusted" not in text
+
+
 def test_a_declared_constant_of_the_recipe_carries_no_warning() -> None:
     result = replace(make_result(), declared_records={"value": 1000, "origin": "recipe"})
     text = Page(render(result)).text

@@ -119,6 +119,13 @@ def test_headline_figures_stand_beside_what_they_are_compared_with() -> None:
     assert "a deployment must declare a public constant" in text
 
 
+def test_what_was_spent_is_said_of_this_run_alone() -> None:
+    text = Page(render(make_result())).text
+    assert "In this run no data holder spent more than ε = 3.00 at δ = 1e-5" in text
+    assert "Spent in this run, at most" in text
+    assert "No data holder spent more than" not in text
+
+
 def of_unit(unit: str) -> Result:
     """A private run under another unit than the record."""
     result = make_result()
@@ -158,7 +165,7 @@ def test_without_privacy_the_page_says_so_and_shows_no_epsilon_curve() -> None:
     assert "neither clipped nor noised" in page.text
     assert "ε by round" not in page.text
     assert "notices that a given" not in page.text
-    assert "No data holder spent more than" not in page.text
+    assert "no data holder spent more than" not in page.text
 
 
 def test_text_of_a_recipe_is_never_markup() -> None:

@@ -164,7 +164,7 @@ def statement_delta(terms: Terms | None, totals: Totals, delta: float | None) ->
     """
     if delta is not None:
         return delta
-    return spent(terms, totals).delta if terms is not None else min(DELTA + totals.delta, 0.5)
+    return spent(terms, totals, delta).delta if terms is not None else min(DELTA + totals.delta, 0.5)
 
 
 def given_away(charged: Iterable[Charged]) -> bool:

@@ -147,7 +147,8 @@ def test_where_the_server_adds_the_noise_no_update_is_said_to_be_noised() -> Non
     assert "sees every update without it and is trusted" in lead
     for unit in ("record", "person"):
         text = Page(render(of_unit(unit))).text
-        assert "clipped and noised gradients" in text and "Somebody who sees every update" in text
+        assert "clipped and noised gradients" in text
+        assert "Somebody who sees every update" in text
         assert "trusted" not in text
 
 

@@ -10,8 +10,8 @@ What a stock node does, and what it does here:
     loses its heartbeat at an unexpected answer          goes on with it, or ends and is started anew
     waits 3 s after a pull that brought nothing          only where the server answered at once, and didn't wait itself
     says how long training took                          0: a server sees when the reply comes, and nothing finer
-    SIGTERM: ends at once                                ends when the reply to the message under way has left (one
-                                                          that the server hasn't fetched by then may be lost to its round)
+    SIGTERM: ends at once                                ends when the reply to the message under way has left; one
+                                                         that the server hasn't fetched may be lost to its round
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ def test_a_stopped_run_leaves_nothing_and_says_one_line(here, number, status):
     time.sleep(1)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == status
+    assert process.returncode == status, err[-2000:]
     assert out == ""
     assert "Traceback" not in err
     assert err.count("\n") <= 1

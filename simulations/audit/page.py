@@ -107,6 +107,7 @@ def context_of(found: Found) -> dict[str, Any]:
         "membership": membership,
         "parts": parts,
         "passed": passed(found),
+        "reserve": reserve_of(found, spending),
         "sentence": _sentence(found, parts, spending, claim),
         "missing": [str(part["name"]).lower() for part in parts if part["passed"] is None],
         "spending": spending,
@@ -120,7 +121,7 @@ def context_of(found: Found) -> dict[str, Any]:
             "roc": _roc_chart(membership),
         },
         "checks": [
-            (PARTS[part], sorted(one["checks"], key=lambda check: bool(check["passed"])))
+            (PARTS[part], sorted(one["checks"], key=lambda check: check["passed"] is None or bool(check["passed"])))
             for part, one in (("ledger", ledger), ("mechanism", mechanism))
             if one is not None and one["checks"]
         ],
@@ -134,6 +135,15 @@ def context_of(found: Found) -> dict[str, Any]:
         "methods": METHODS,
         "version": __version__,
     }
+
+
+def reserve_of(found: Found, spending: Found | None) -> str | None:
+    """The verdict instead of "Passed" where no fault was found and the largest epsilon is infinite; else None."""
+    if spending is None or spending["largest"] is None or not passed(found):
+        return None
+    if not math.isinf(spending["largest"]["epsilon"]):
+        return None
+    return "The server's noise is not audited here" if spending["units"] == ["holder"] else "No privacy was promised"
 
 
 def parts_of(found: Found) -> list[dict[str, Any]]:
@@ -154,9 +164,9 @@ def _part(part: str, one: Found | None, why_not: str | None) -> dict[str, Any]:
         allowed = any(row["ceiling"] is not None for row in one["rates"])
         said = "The attack finds no more members than the claim allows." if allowed else "Shown; nothing was claimed."
         return {"passed": True, "said": said}
-    failed = [check for check in one["checks"] if not check["passed"]]
+    failed = [check for check in one["checks"] if check["passed"] is not None and not check["passed"]]
     good = bool(one["passed"]) and not failed
-    total = show_count(len(one["checks"]))
+    total = show_count(sum(check["passed"] is not None for check in one["checks"]))
     if failed:
         named = ", ".join(str(check["title"]) for check in failed[:MOST_NAMED])
         more = " and more" if len(failed) > MOST_NAMED else ""
@@ -181,6 +191,8 @@ def _sentence(found: Found, parts: Sequence[Found], spending: Found | None, clai
     if most is None:
         return "The ledgers are whole, and nothing was released that has an ε."
     if math.isinf(most["epsilon"]):
+        if spending["units"] == ["holder"]:
+            return "The ledgers are whole, but updates left without the noise that the server adds: ε is infinite."
         return "The ledgers are whole, but something was released without privacy: ε is infinite."
     units = spending["units"]
     unit = f" for one {units[0]}" if len(units) == 1 else ""

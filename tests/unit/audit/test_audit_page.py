@@ -58,6 +58,25 @@ def test_a_failing_audit_names_the_faults_and_the_first_bad_row() -> None:
     assert "p < 1e-99, fails at 0.0025" in checks
 
 
+@pytest.mark.parametrize(
+    ("unit", "word"),
+    [("record", "No privacy was promised"), ("holder", "The server's noise is not audited here")],
+)
+def test_an_infinite_epsilon_is_no_green_verdict(unit: str, word: str) -> None:
+    found = {**samples.empty(), "ledger": samples.ledger(1)}
+    one = found["ledger"]["holders"][0]
+    one["domains"][0]["unit"], one["together"] = [unit], []
+    one["domains"][0]["epsilon"] = {"first": samples.figures("inf", "none"), "second": None, "ledger": None}
+    found["ledger"]["checks"][-1]["passed"] = None
+    assert passed(found) is True
+    text = read(found).text
+    assert word in text
+    assert text.index(word) < text.index("Passed")
+    checks = len(found["ledger"]["checks"]) - 1
+    assert f"All {checks} checks passed." in text
+    assert f"{checks} of {checks} passed" in text
+
+
 @pytest.mark.parametrize("part", ["ledger", "mechanism", "membership"])
 def test_one_part_that_fails_fails_the_page(part: str) -> None:
     found = samples.passing()

@@ -332,14 +332,16 @@ def merged(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 
 
 def write_toml(path: Path, fields: Mapping[str, Any]) -> None:
-    """Nested settings as a TOML file, every top-level table as one."""
+    """Nested settings as a TOML file, every top-level table as one; whoever reads it has the old one or the new."""
     plain = [f"{name} = {_value(value)}" for name, value in fields.items() if not isinstance(value, Mapping)]
     tables = [
         "\n".join([f"[{name}]", *(f"{key} = {_value(one)}" for key, one in value.items())])
         for name, value in fields.items()
         if isinstance(value, Mapping)
     ]
-    path.write_text("\n".join([*plain, *tables]) + "\n")
+    aside = path.with_suffix(".aside")
+    aside.write_text("\n".join([*plain, *tables]) + "\n")
+    aside.rename(path)
 
 
 def _value(value: Any) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import sys
 import warnings
 from pathlib import Path
@@ -18,9 +17,10 @@ import typer
 
 from fedhead import __version__
 from fedhead.audit_cli import audit
-from fedhead.common.errors import FedheadError, InputError, Terminated
+from fedhead.common.errors import FedheadError, InputError
 from fedhead.deploy_cli import COMMANDS
 from fedhead.output import JsonOption, SetOption, emit
+from fedhead.stopping import Stopping
 
 app = typer.Typer(
     name="fedhead",
@@ -235,9 +235,7 @@ def main() -> NoReturn:
         # Of the libraries underneath: they speak to programmers, and may quote a record.
         warnings.simplefilter("ignore")
     try:
-        signal.signal(signal.SIGTERM, _terminated)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # __main__ had it end the process at once
-        status = app(standalone_mode=False)  # None, or the status of an early exit; 130 after Ctrl-C
+        status = _run()
         if status == 130:
             raise KeyboardInterrupt
     except FedheadError as error:
@@ -268,9 +266,16 @@ def main() -> NoReturn:
     sys.exit(status or 0)
 
 
-def _terminated(*_: object) -> NoReturn:
-    """End like any other failure, so that a run cleans up behind itself."""
-    raise Terminated(143)
+def _run() -> int | None:
+    """Status of an early exit, 130 after Ctrl-C; None."""
+    with Stopping(_run.__code__) as stopping:
+        try:
+            status: int | None = app(standalone_mode=False)
+        except Exception:
+            stopping.settle()
+            raise
+        stopping.settle()
+    return status
 
 
 def _fail(text: str, status: int) -> NoReturn:

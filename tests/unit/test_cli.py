@@ -12,6 +12,7 @@ from runpy import run_path
 
 import pytest
 
+from fedhead import stopping
 from fedhead.cli import main
 from fedhead.common.errors import Terminated
 from fedhead.output import emit
@@ -208,6 +209,24 @@ def test_a_stop_while_code_of_a_recipes_own_runs_is_a_stop(fedhead, here, monkey
     backbone = "model.backbone=module:fedhead_cli_stopped:stopped"
     status, out, err = fedhead("simulate", "r.toml", "--out", "o", "--set", backbone)
     assert (status, out, err) == (143, "", "")
+    assert not (here / "o").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "after", ["pass", "raise ValueError", "while True: time.sleep(0.1)"], ids=["ends", "fails", "never-ends"]
+)
+def test_a_stop_within_an_import_is_raised_after_it(fedhead, here, monkeypatch, number, status, after):
+    """What is raised within a library's import may be swallowed there, or end the process."""
+    monkeypatch.setattr(stopping, "LONGEST", 0.5)
+    (here / "fedhead_cli_stopped.py").write_text(
+        f"import signal, time\ntry:\n    signal.raise_signal({int(number)})\n    time.sleep(0.1)\n"
+        f"except BaseException:\n    raise RuntimeError from None\n{after}\n"
+    )
+    monkeypatch.delitem(sys.modules, "fedhead_cli_stopped", raising=False)
+    backbone = "model.backbone=module:fedhead_cli_stopped:stopped"
+    found, out, err = fedhead("simulate", "r.toml", "--out", "o", "--set", backbone)
+    assert (found, out, err) == (status, "", "fedhead: stopped.\n" if status == 130 else "")
     assert not (here / "o").exists()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from fedhead.client.policy import check_request
 from fedhead.common.config import RunConfig
@@ -15,7 +15,7 @@ from fedhead.common.errors import InputError, Refused
 from fedhead.common.planned import central, counted, most_participations, planned_steps
 from fedhead.common.privacy.events import CountEvent, Event, GaussianEvent, PoissonEvent
 from fedhead.common.privacy.filters import Limit, Totals, admits, charge_of, left, spent
-from fedhead.common.privacy.ledger import DomainSummary, Ledger
+from fedhead.common.privacy.ledger import Declaration, DomainSummary, Ledger, unwritten
 from fedhead.common.privacy.planning import cost
 from fedhead.common.privacy.terms import Terms
 from fedhead.server.cohorts import Cohorts
@@ -112,8 +112,10 @@ def holders_of(work: Work, state: Path | None = None, ledgers: Sequence[Path] = 
         `holders` (names), `rounds`, `counts`, `epsilon`, `delta`, `accountant`, `refused` (why the holder's limits
         don't allow the request, or None; the backbone is not looked at), and `budget`: None, or `domain`,
         `epsilon`, `delta`, `spent_delta` (of the next two; `delta`, unless plans were charged more under other terms),
-        `spent_before`, `spent_after`, `left_after` (epsilon, rounded down), `admitted`, `limit` ("budget", "run" or
-        None), `rounds_that_fit`, `other_units`. Under the unit `holder` it is None.
+        `spent_before`, `spent_after`, `left_after` (epsilon, rounded down, by all budgets it counts against),
+        `admitted`, `limit` ("budget", "run", "unit" or None), `rounds_that_fit`, `other_units` (that were released
+        under these budgets). It is that of the domain of the run, or where that has none, the tightest of those that
+        the run counts against; None where there is none, and under the unit `holder`.
 
     Raises
     ------
@@ -123,17 +125,18 @@ def holders_of(work: Work, state: Path | None = None, ledgers: Sequence[Path] = 
         A ledger can't be read, or was changed.
     """
     config = work.config
-    wanted: list[tuple[str, Part, list[DomainSummary], DomainSummary | None]]
+    wanted: list[tuple[str, Part, list[DomainSummary], DomainSummary]]
     if ledgers:
         largest = Part(most_asked(config), max(part.counts for part in parts_of(config).values()))
         named = [one for path in ledgers for one in _budgeted(_read(path))]
         wanted = [(one.holder, largest, [two for two in named if two.holder == one.holder], one) for one in named]
     else:
-        seen = _by_holder(_state_ledger(state))
-        domain = DOMAIN if config.holders.budget is None else config.holders.budget.domain
+        parts = parts_of(config)
+        seen = _by_holder(_state_ledger(state, config, list(parts)))
+        domain = _domain(config)
         wanted = [
-            (name, part, seen.get(name, []), next((one for one in seen.get(name, []) if one.domain == domain), None))
-            for name, part in parts_of(config).items()
+            (name, part, seen[name], next(one for one in seen[name] if one.domain == domain))
+            for name, part in parts.items()
         ]
     entries: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, part, summaries, summary in wanted:
@@ -144,7 +147,7 @@ def holders_of(work: Work, state: Path | None = None, ledgers: Sequence[Path] = 
                 "holders": [], "rounds": part.rounds, "counts": part.counts, "epsilon": epsilon,
                 "delta": config.privacy.delta, "accountant": accountant,
                 "refused": None if ledgers else _beyond_limits(work),
-                "budget": _budget(work, part, summaries, summary, bool(ledgers)),
+                "budget": _budget(work, part, summaries, summary),
             }  # fmt: skip
         entries[key]["holders"].append(name)
     return list(entries.values())
@@ -172,49 +175,56 @@ def _beyond_limits(work: Work) -> str | None:
 
 
 def _budget(
-    work: Work, part: Part, summaries: Sequence[DomainSummary], summary: DomainSummary | None, declared: bool
+    work: Work, part: Part, summaries: Sequence[DomainSummary], summary: DomainSummary
 ) -> dict[str, Any] | None:
-    settings = work.config.holders.budget
+    """What a run in a domain does to its budget, or where it has none, to the tightest that it counts against."""
     if central(work.config):
         return None  # a holder's budget is for noise of its own; this run's is the server's, and so is its account
-    if summary is not None and (declared or settings is None):
-        domain, terms = summary.domain, summary.terms
-    else:  # what the recipe says now goes before what was declared in an earlier run
-        domain, terms = (DOMAIN, None) if settings is None else (settings.domain, settings.terms())
-    if terms is None:
+    covered = [one for one in summaries if one.domain == summary.domain or one.domain in summary.overlapping]
+    budgets = _budgets(summary)
+    if not budgets:
         return None
-    before = Totals() if summary is None else summary.shared
-    others = [
-        (one.terms, one.shared)
-        for one in summaries
-        if one.domain != domain and domain in one.overlapping and one.terms is not None
-    ]
 
     def broken(some: Part) -> Limit | None:
         """The first limit that this much of the run would break, in any domain that shares a unit with this one."""
         charges = work.charges(some)
-        found = (admits(one, shared.plus(charges), charges) for one, shared in [(terms, before), *others])
+        found = (admits(terms, shared.plus(charges), charges) for terms, shared in budgets)
         return next((limit for limit in found if limit is not None), None)
 
-    limit = broken(part) if part.rounds else None
-    taken = part if limit is None else _fitting(work, part, broken)
+    other_units = sorted({unit for one in covered for unit in one.units} - {work.config.privacy.unit})
+    limit: Limit | Literal["unit"] | None = "unit" if other_units else broken(part) if part.rounds else None
+    taken = Part(0, 0) if other_units else part if limit is None else _fitting(work, part, broken)
     # a run that can't be finished is refused at its first round, and spends nothing
-    after = before.plus(work.charges(part)) if limit is None and part.rounds else before
-    unit = work.config.privacy.unit
+    charged = work.charges(part) if limit is None and part.rounds else Totals()
+    poisson = work.config.privacy.mechanism == "poisson"
+
+    def rest(budget: tuple[Terms, Totals]) -> float:
+        found = left(budget[0], budget[1].plus(charged))
+        return found.poisson_epsilon if poisson else found.epsilon
+
+    terms, before = budgets[0] if summary.terms is not None else min(budgets, key=rest)
+    shown = next(one for one in covered if one.terms is terms)
+    after = before.plus(charged)
     stated = spent(terms, after).delta
     return {
-        "domain": domain,
+        "domain": shown.domain,
         "epsilon": terms.epsilon,
         "delta": terms.delta,
         "spent_delta": stated,
         "spent_before": _spent(terms, before, stated),
         "spent_after": _spent(terms, after, stated),
-        "left_after": _left(terms, after, work.config.privacy.mechanism),
+        "left_after": min(map(rest, budgets)),
         "admitted": limit is None,
         "limit": limit,
         "rounds_that_fit": taken.rounds,
-        "other_units": sorted(set(() if summary is None else summary.units) - {unit}),
+        "other_units": other_units,
     }
+
+
+def _budgets(summary: DomainSummary) -> list[tuple[Terms, Totals]]:
+    """Every budget that a run in a domain counts against, its own first, with what counts against it already."""
+    own = [] if summary.terms is None else [(summary.terms, summary.shared)]
+    return [*own, *summary.others]
 
 
 def _fitting(work: Work, part: Part, broken: Callable[[Part], Limit | None]) -> Part:
@@ -232,25 +242,30 @@ def _spent(terms: Terms, totals: Totals, delta: float) -> float:
     return spent(terms, totals, delta if delta != terms.delta else None).epsilon if totals != Totals() else 0.0
 
 
-def _left(terms: Terms, totals: Totals, mechanism: str) -> float:
-    found = left(terms, totals)
-    return found.poisson_epsilon if mechanism == "poisson" else found.epsilon
+def _domain(config: RunConfig) -> str:
+    return DOMAIN if config.holders.budget is None else config.holders.budget.domain
 
 
-def _state_ledger(state: Path | None) -> list[DomainSummary]:
-    if state is None:
-        return []
+def _state_ledger(state: Path | None, config: RunConfig, holders: Sequence[str]) -> list[DomainSummary]:
+    """The ledger as it will be when the run begins: what the recipe says now goes before what earlier runs declared."""
     from fedhead.simulations.ledgers import ledger_of  # brings torch, which nothing before needs
 
-    path = ledger_of(Path(), state)
-    return _read(path) if path.exists() else []
+    path, budget = None if state is None else ledger_of(Path(), state), config.holders.budget
+    kept = path if path is not None and path.exists() else None
+    if budget is not None:
+        terms, disjoint = budget.terms(), tuple(budget.disjoint_from)
+        declared = [Declaration(name, budget.domain, terms, disjoint) for name in holders]
+    else:  # nothing is declared then, and what was stays; a domain that is new has no budget of its own
+        known = set() if kept is None else {one.holder for one in _read(kept) if one.domain == DOMAIN}
+        declared = [Declaration(name, DOMAIN, None) for name in holders if name not in known]
+    return unwritten(declared) if kept is None else _read(kept, declared)
 
 
-def _read(path: Path) -> list[DomainSummary]:
+def _read(path: Path, declared: Sequence[Declaration] = ()) -> list[DomainSummary]:
     if not path.is_file():
         raise InputError(f'--ledger is "{path}": there is no such file. Name a ledger.sqlite of a data holder.')
     with Ledger(path, create=False, read_only=True) as ledger:
-        return ledger.summary()
+        return ledger.summary(declared=declared)
 
 
 def _budgeted(summaries: Sequence[DomainSummary]) -> list[DomainSummary]:

@@ -211,12 +211,12 @@ def _why(entry: Mapping[str, Any]) -> str:
     budget, said = entry["budget"], []
     if entry["refused"] is not None:
         return f"refused by the holders' limits: {entry['refused']}"
-    if budget is not None and not budget["admitted"]:
+    if budget is not None and not budget["admitted"] and budget["limit"] != "unit":
         what = "the budget" if budget["limit"] == "budget" else "the limit of one run"
         said.append(f"{entry['holders'][0]}: {what} allows {budget['rounds_that_fit']} of its {entry['rounds']} rounds")
     if budget is not None and budget["other_units"]:
-        units = ", ".join(budget["other_units"])
-        said.append(f"{entry['holders'][0]}: its ledger has the unit {units} too; epsilons of two units don't add up")
+        begun = ", ".join(budget["other_units"])
+        said.append(f"{entry['holders'][0]}: its budget was begun with the unit {begun}; one budget covers one unit")
     return "\n".join(said)
 
 

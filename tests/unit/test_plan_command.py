@@ -216,7 +216,7 @@ def test_a_named_ledger_counts_with_its_own_terms_and_overlaps(planned, tmp_path
         with Ledger(tmp_path / name) as ledger:
             ledger.declare("st-mary", "notes", Terms(3.0, 1e-5))
             ledger.declare("st-mary", "images", Terms(other, 1e-5))
-            spent = Reservation("st-mary", "images", "old", 1, "d", GaussianEvent(2.5, 1.0, 1), "person", "f", "n")
+            spent = Reservation("st-mary", "images", "old", 1, "d", GaussianEvent(2.5, 1.0, 1), "record", "f", "n")
             assert isinstance(ledger.reserve([spent])[0], Granted)
     wide, tight = (
         {one["budget"]["domain"]: one for one in planned("r.toml", "--ledger", name)["holders"]}
@@ -227,7 +227,68 @@ def test_a_named_ledger_counts_with_its_own_terms_and_overlaps(planned, tmp_path
     assert wide["notes"]["budget"]["spent_before"] == pytest.approx(epsilon([GaussianEvent(2.5, 1, 1)], 1e-5).epsilon)
     assert wide["notes"]["budget"]["admitted"]
     assert not tight["notes"]["budget"]["admitted"]
-    assert tight["images"]["budget"]["other_units"] == ["person"]
+
+
+def test_a_ledger_that_was_begun_with_another_unit_is_no_fit(plan, planned, tmp_path):
+    with Ledger(tmp_path / "l") as ledger:
+        ledger.declare("st-mary", "notes", Terms(3.0, 1e-5))
+        ledger.declare("st-mary", "images", Terms(3.0, 1e-5), ["notes"])
+        spent = Reservation("st-mary", "images", "old", 1, "d", GaussianEvent(9.0, 1.0, 1), "person", "f", "n")
+        assert isinstance(ledger.reserve([spent])[0], Granted)
+    for entry in planned("r.toml", "--ledger", "l")["holders"]:  # notes, too: only one side declares them disjoint
+        budget = entry["budget"]
+        assert (budget["admitted"], budget["limit"], budget["other_units"]) == (False, "unit", ["person"])
+        assert budget["rounds_that_fit"] == 0
+    assert "the unit person; one budget covers one unit" in " ".join(plan("r.toml", "--ledger", "l")[1].split())
+
+
+BEFORE = [  # what an earlier run declared, what the run to come declares, and whether both share their persons
+    ({"domain": "x", "epsilon": 1.2}, {"domain": "y", "epsilon": 5.0}, True),
+    ({"domain": "x", "epsilon": 1.2}, {"domain": "y", "epsilon": 5.0, "disjoint_from": ["x"]}, True),
+    ({"domain": "x", "epsilon": 1.2, "disjoint_from": ["y"]}, {"domain": "y", "epsilon": 5.0}, True),
+    (
+        {"domain": "x", "epsilon": 1.2, "disjoint_from": ["y"]},
+        {"domain": "y", "epsilon": 1.2, "disjoint_from": ["x"]},
+        False,
+    ),
+    ({"domain": "x", "epsilon": 1.2}, {"domain": "x", "epsilon": 2.0}, False),
+    ({"domain": "x", "epsilon": 1.2}, {"domain": "x", "epsilon": 1.3}, True),
+    ({"domain": "x", "epsilon": 1.2}, None, True),
+    (None, {"domain": "y", "epsilon": 1.2}, True),
+    (None, None, False),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second", "refused"), BEFORE)
+def test_the_plan_says_what_the_run_does_whatever_was_declared_before(planned, tmp_path, first, second, refused):
+    def run(number, budget):
+        with contextlib.suppress(RunError):
+            simulate(config(holders__budget=budget), tmp_path / f"o{number}", state=tmp_path / "s")
+
+    run(1, first)
+    if second is not None:
+        (tmp_path / "r.toml").write_text(RECIPE.replace("epsilon = 2.0", _toml(second)))
+    else:
+        (tmp_path / "r.toml").write_text(RECIPE.replace("[holders.budget]\nepsilon = 2.0\n", ""))
+    (entry,) = planned("r.toml", "--state", "s")["holders"]
+    run(2, second)
+    with Ledger(tmp_path / "s" / LEDGER, create=False, read_only=True) as ledger:
+        found = ledger.summary("holder-00001")
+        rounds = sum(one.rounds for domain in found for one in domain.runs)
+    assert rounds == (6 if refused else 12)
+    budget = entry["budget"]
+    if budget is None:
+        assert (first, second) == (None, None)
+        return
+    assert budget["admitted"] == (not refused)
+    if not refused:
+        (left,) = (one.left.epsilon for one in found if one.domain == second["domain"])
+        assert budget["left_after"] == pytest.approx(left, rel=1e-9)
+
+
+def _toml(budget):
+    return "\n".join(f"{name} = {json.dumps(value)}" for name, value in budget.items())
 
 
 def test_limits_of_one_run_and_of_requests_are_looked_at():

@@ -16,10 +16,10 @@ Imports neither torch, Flower, Opacus nor dp-accounting; the last two are loaded
 
 from fedhead.common.privacy.ledger.admission import Denied, Granted, Repeated, Reservation
 from fedhead.common.privacy.ledger.chain import GENESIS, Entry, LedgerError, Mark
-from fedhead.common.privacy.ledger.reading import DomainSummary, RunSummary, stored_mark
+from fedhead.common.privacy.ledger.reading import Declaration, DomainSummary, RunSummary, stored_mark, unwritten
 from fedhead.common.privacy.ledger.state import Plan
 from fedhead.common.privacy.ledger.statements import Statement, load_key, statement, verify_statement
-from fedhead.common.privacy.ledger.store import Declaration, Ledger
+from fedhead.common.privacy.ledger.store import Ledger
 
 __all__ = [
     "GENESIS",
@@ -39,5 +39,6 @@ __all__ = [
     "load_key",
     "statement",
     "stored_mark",
+    "unwritten",
     "verify_statement",
 ]

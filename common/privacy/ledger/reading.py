@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from fedhead.common.failpoints import reach
 from fedhead.common.privacy.accounting import Spent
@@ -17,6 +18,15 @@ from fedhead.common.privacy.ledger.chain import GENESIS, Entry, LedgerError, Mar
 from fedhead.common.privacy.ledger.files import damaged, failures, fill, sync_folder
 from fedhead.common.privacy.ledger.state import Domain, State
 from fedhead.common.privacy.terms import Terms
+
+
+class Declaration(NamedTuple):
+    """The budget of a domain, as its holder declares it; see `Ledger.declare`."""
+
+    holder: str
+    domain: str
+    terms: Terms | None
+    disjoint_from: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -186,9 +196,27 @@ def verify(connection: sqlite3.Connection, path: Path, holder: str | None) -> in
     return count
 
 
+def as_declared(state: State, declarations: Iterable[Declaration]) -> State:
+    """A state as it would be with these declarations of its holder written; `state` itself stays what it is."""
+    found = copy(state)
+    found.domains = dict(state.domains)
+    for one in declarations:
+        if one.holder == state.holder:
+            before = found.domains.get(one.domain, Domain())
+            disjoint = tuple(sorted(set(one.disjoint_from) - {one.domain}))
+            found.domains[one.domain] = replace(before, terms=one.terms, disjoint_from=disjoint)
+    return found
+
+
 def summaries(state: State, delta: float | None) -> list[DomainSummary]:
     """A summary of each domain of a holder, by name."""
     return [_summary(state, name, domain, delta) for name, domain in sorted(state.domains.items())]
+
+
+def unwritten(declarations: Sequence[Declaration]) -> list[DomainSummary]:
+    """The summaries that a ledger without any row would give after these declarations."""
+    names = sorted({one.holder for one in declarations})
+    return [found for name in names for found in summaries(as_declared(State(name), declarations), None)]
 
 
 def _summary(state: State, name: str, domain: Domain, delta: float | None) -> DomainSummary:

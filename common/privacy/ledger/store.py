@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from fedhead.common.privacy.filters import Totals, charge_of
 from fedhead.common.privacy.ledger import reading
@@ -22,19 +21,10 @@ from fedhead.common.privacy.ledger.admission import (
 )
 from fedhead.common.privacy.ledger.chain import GENESIS, Columns, Entry, Kind, LedgerError, Mark, digest_of
 from fedhead.common.privacy.ledger.files import damaged
-from fedhead.common.privacy.ledger.reading import DomainSummary
+from fedhead.common.privacy.ledger.reading import Declaration, DomainSummary
 from fedhead.common.privacy.ledger.state import Reserve, State, event_text
 from fedhead.common.privacy.ledger.transactions import Transactions
 from fedhead.common.privacy.terms import Terms
-
-
-class Declaration(NamedTuple):
-    """The budget of a domain, as its holder declares it; see `Ledger.declare`."""
-
-    holder: str
-    domain: str
-    terms: Terms | None
-    disjoint_from: tuple[str, ...] = ()
 
 
 class Ledger(Transactions):
@@ -204,7 +194,9 @@ class Ledger(Transactions):
         with self._reading():
             return reading.holders(self._connection)
 
-    def summary(self, holder: str | None = None, delta: float | None = None) -> list[DomainSummary]:
+    def summary(
+        self, holder: str | None = None, delta: float | None = None, declared: Sequence[Declaration] = ()
+    ) -> list[DomainSummary]:
         """What is spent and left, a domain each.
 
         Parameters
@@ -213,10 +205,16 @@ class Ledger(Transactions):
             All holders where it is left out.
         delta : float, in (0, 1), optional
             At which to state what was spent; a domain's own where it is left out.
+        declared : sequence of Declaration, optional
+            As if these had been declared, too; nothing is written.
         """
-        names = self.holders() if holder is None else [holder]
+        named: dict[str, list[Declaration]] = {}
+        for one in declared:
+            named.setdefault(one.holder, []).append(one)
+        names = sorted({*self.holders(), *named}) if holder is None else [holder]
         with self._reading():
-            return [one for name in names for one in reading.summaries(self._state(name), delta)]
+            states = (reading.as_declared(self._state(name), named.get(name, ())) for name in names)
+            return [one for state in states for one in reading.summaries(state, delta)]
 
     def entries(self, holder: str | None = None) -> Iterator[Entry]:
         """All rows as they are stored, holder by holder, in order. Unchecked: `verify` checks them."""

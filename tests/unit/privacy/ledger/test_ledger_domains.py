@@ -18,6 +18,7 @@ from fedhead.common.privacy.ledger import (
     Mark,
     Plan,
     Reservation,
+    unwritten,
 )
 from fedhead.common.privacy.terms import Terms
 
@@ -174,6 +175,23 @@ def test_what_is_left_is_what_every_overlapping_budget_leaves(ledger: Ledger):
     )
     (_, notes) = ledger.summary()
     assert notes.left.mu_squared == pytest.approx(wide.mu_squared - 0.07)
+
+
+@pytest.mark.parametrize("before", [(), ("notes",), ("notes", "images")], ids=len)
+@pytest.mark.parametrize("disjoint", [(), ("images",), ("images", "notes")], ids=len)
+def test_a_summary_as_declared_is_that_after_the_declaration(ledger: Ledger, before: tuple, disjoint: tuple):
+    for domain in before:
+        ledger.declare("ann", domain, Terms(4.0, 1e-5), ["notes"])
+        assert isinstance(one(ledger, want(1, domain=domain, run=domain)), Granted)
+    declared = [Declaration("ann", "notes", Terms(2.0, 1e-5), disjoint), Declaration("bob", "notes", TERMS)]
+    rows, now = list(ledger.entries()), ledger.summary()
+    found = ledger.summary(declared=declared)
+    assert found != now
+    assert (list(ledger.entries()), ledger.summary()) == (rows, now)  # nothing was written, or kept in memory
+    ledger.declare_all(declared)
+    assert found == ledger.summary()
+    if not before:
+        assert found == unwritten(declared)
 
 
 def charge_totals(wanted: Reservation) -> Totals:

@@ -28,6 +28,7 @@ from fedhead.common.failpoints import reach
 
 SCHEMA: Final = 1
 FILE: Final = "result.json"
+SEEDS: Final = "seeds.json"  # over runs from several seeds
 NOISE_BAR: Final = 1.96
 """Standard errors to each side that an estimate is shown with: noise alone stays within in 95 of 100 cases."""
 _NUMBERS: Final[Mapping[str, float]] = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
@@ -120,6 +121,7 @@ class HolderRow(TypedDict):
     name: str
     records: Count
     persons: NotRequired[Count]
+    value: NotRequired[str]  # of the column that tells the holders apart
     labels: dict[str, Count]
     metrics: Metrics
     metrics_on: NotRequired[str]
@@ -289,9 +291,10 @@ class Result:
         try:
             text = (folder / FILE).read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise InputError(
-                f'RUN_DIR is "{folder}": there is no {FILE} in it. Name the folder that "fedhead simulate" printed.'
-            ) from error
+            remedy = 'Name the folder that "fedhead simulate" printed.'
+            if (folder / SEEDS).is_file():
+                remedy = "It has a run for each of several seeds: name one of these folders."
+            raise InputError(f'RUN_DIR is "{folder}": there is no {FILE} in it. {remedy}') from error
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f'RUN_DIR is "{folder}": its {FILE} can\'t be read. Restore the file, or run again.'

@@ -6,6 +6,7 @@ Heavy imports happen inside the commands: `fedhead --help` must not import torch
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -234,6 +235,9 @@ def main() -> NoReturn:
     if not debug:
         # Of the libraries underneath: they speak to programmers, and may quote a record.
         warnings.simplefilter("ignore")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a character; what can be shown is shown
+            stream.reconfigure(errors="replace")
     try:
         status = _run()
         if status == 130:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fedhead.common.progress import Listener
 from fedhead.common.results import NOISE_BAR, Result
-from fedhead.simulations.show import show_delta
+from fedhead.simulations.show import refusal_text, refusals_of, show_delta, show_noise
 
 SHOWN = 30  # lines of holders in a terminal; --json has all
 _NAMES = {"accuracy": "accuracy", "auc_roc": "AUC-ROC", "loss": "loss"}
@@ -89,7 +89,7 @@ def _show_noised(out: Console, result: Result) -> None:
 def _show_privacy(out: Console, result: Result) -> None:
     kept = {holder["name"]: holder for holder in result.holders}
     known = ("records", "accuracy") if kept else ()  # of a deployment's holders nobody but they know them
-    table = Table(title="what each holder spent", title_justify="left", pad_edge=False)
+    table = Table(title="what each holder spent in this run", title_justify="left", pad_edge=False)
     for name in ("holder", *known, "epsilon", "delta", "counted by"):
         table.add_column(name, justify="left" if name in ("holder", "counted by") else "right")
     entries = result.privacy[:10]
@@ -108,7 +108,17 @@ def _show_privacy(out: Console, result: Result) -> None:
         )
     if len(result.privacy) > len(entries):
         table.add_row(f"and {len(result.privacy) - len(entries)} more", *[""] * (3 + len(known)))
+    spent = {entry["holder"] for entry in result.privacy}
+    refusals = refusals_of(result.rounds)
+    without = sorted({holder for one in refusals for holder in one["holders"]} - spent)
+    for name in without[:10]:
+        known_of = [str(kept.get(name, {}).get("records", "")), ""][: len(known)]
+        table.add_row(name, *known_of, "0.000", "", "refused")
+    if len(without) > 10:
+        table.add_row(f"and {len(without) - 10} more refused", *[""] * (3 + len(known)))
     out.print(table)
+    for one in refusals:
+        out.print(f"refused: {refusal_text(one)}", soft_wrap=True)
     if result.privacy:
         entry = result.privacy[0]
         out.print(f"unit: {entry['unit']}; neighbours: {entry['adjacency']}; mechanism: {entry['mechanism']}\n")
@@ -141,14 +151,23 @@ def show_seeds(summary: Mapping[str, Any]) -> None:
         row = (metric["mean"], metric["deviation"], min(values), max(values))
         table.add_row(_NAMES.get(name, name), *(_number(value) for value in row))
     out.print(table)
-    out.print(f"\nresults in {summary['folder']}", soft_wrap=True)
+    for one in summary["privacy"][:1]:
+        least = min(summary["privacy"], key=lambda one: one["epsilon"])["epsilon"]
+        most = max(summary["privacy"], key=lambda one: one["epsilon"])["epsilon"]
+        between = _epsilon(most) if _epsilon(least) == _epsilon(most) else f"{_epsilon(least)} to {_epsilon(most)}"
+        out.print(
+            f"each run spent epsilon {between} at delta {show_delta(one['delta'])}, the most of any holder; the runs "
+            "are on the same records, so that together they spend more",
+            soft_wrap=True,
+        )
+    out.print(f"\nresults in {summary['folder']}\nreports in its folder of each seed", soft_wrap=True)
 
 
 def show_plan(found: Mapping[str, Any]) -> None:
     """Noise, epsilon over rounds, and what the run would leave of the holders' budgets."""
     out = Console(highlight=False, markup=False, emoji=False)
     out.print(
-        f"{found['mechanism']}, noise multiplier {_rounded_up(found['noise_multiplier'])}"
+        f"{found['mechanism']}, noise multiplier {show_noise(found['noise_multiplier'], 4)}"
         + (f", sample rate {found['sample_rate']:g}" if found["sample_rate"] else "")
         + f", {found['local_steps']} local step(s) a round"
     )
@@ -218,14 +237,6 @@ def _why(entry: Mapping[str, Any]) -> str:
         begun = ", ".join(budget["other_units"])
         said.append(f"{entry['holders'][0]}: its budget was begun with the unit {begun}; one budget covers one unit")
     return "\n".join(said)
-
-
-def _rounded_up(value: float) -> str:
-    """Noise with four digits, rounded up, so that whoever types it in stays within epsilon."""
-    if value < 1e-6:
-        return f"{value:.4g}"
-    step = 10.0 ** (math.floor(math.log10(value)) - 3)
-    return f"{math.ceil(value / step * (1 - 1e-12)) * step:.4g}"
 
 
 def _rounded_down(value: float) -> str:

@@ -13,13 +13,12 @@ from datetime import datetime
 from pathlib import Path
 
 from fedhead.common.errors import InputError
-from fedhead.common.results import FILE
+from fedhead.common.results import FILE, SEEDS
 from fedhead.server.central import LEDGER as SERVER_LEDGER
 from fedhead.server.checkpoints import FILE as CHECKPOINT
 from fedhead.server.checkpoints import FOLDER as CHECKPOINTS
 from fedhead.simulations.logs import FILE as LOG
 
-SEEDS = "seeds.json"
 SEED = "seed-"  # and the seed: the folder of one of several
 HOLDERS = "holders"
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedhead.client import workplace
+from fedhead.common.config.schema import ColumnPartition
 from fedhead.common.data.persons import names_of
 from fedhead.common.preparation import make_trainable
 from fedhead.common.results import Result
@@ -17,6 +18,7 @@ from fedhead.common.tasks import make_task
 from fedhead.server.evaluation import left_out, load_state, outputs_of
 from fedhead.simulations.logs import FILE as HOLDERS_LOG
 from fedhead.simulations.prepared import Prepared
+from fedhead.simulations.show import refusal_text, refusals_of
 
 
 def holders_of(prepared: Prepared, folder: Path) -> list[dict[str, Any]]:
@@ -28,6 +30,8 @@ def holders_of(prepared: Prepared, folder: Path) -> list[dict[str, Any]]:
     held_out = bool(split.holder_tests)
     source, rows = (prepared.test, split.holder_tests) if held_out else (prepared.train, split.holders)
     outputs, usable = outputs_of(trainable, source), source.features.finite().numpy()
+    partition = config.holders.partition
+    values = split.train.column(partition.column) if isinstance(partition, ColumnPartition) else None
     found = []
     for number, (part, test) in enumerate(zip(split.holders, rows, strict=True)):
         counts = np.bincount(split.train.labels[part], minlength=len(config.task.labels))
@@ -37,6 +41,7 @@ def holders_of(prepared: Prepared, folder: Path) -> list[dict[str, Any]]:
                 "name": workplace.holder_name(number),
                 "records": len(part),
                 **({} if split.persons is None else {"persons": len(split.persons[number])}),
+                **({} if values is None else {"value": str(values[part[0]])}),
                 "labels": dict(zip(config.task.labels, counts.tolist(), strict=True)),
                 "metrics": task.metrics(outputs[mine], source.targets[mine]) if len(mine) else {},
                 "metrics_on": "held-out records" if held_out else "its own training records",
@@ -61,15 +66,19 @@ def notes_of(prepared: Prepared, result: Result) -> list[str]:
                 "What is protected is each holder's whole update, and the server adds the noise: it sees every update "
                 "and is trusted to do so. Which holders were asked and answered is not hidden."
             )
-        notes.append("Noise came from the seed, as in every simulation. Deployed holders draw it on their own machine.")
+        notes.append(
+            "Noise came from the seed, as in every simulation: for whoever knows it, epsilon is infinite. Deployed "
+            "holders draw it on their own machine."
+        )
     notes += _persons_notes(prepared)
     corrupt = int((~prepared.train.features.finite()).sum())
     if corrupt:
         notes.append(f"{corrupt} training records could not be read or gave no finite features; they count as zero.")
     notes += left_out(prepared.test)
-    missing = sum(len(row["refused"]) for row in result.rounds)
-    if missing:
-        notes.append(f"{missing} updates are missing: a holder failed in that round, see {HOLDERS_LOG} in the folder.")
+    refusals = refusals_of(result.rounds)
+    if refusals:
+        missing, why = sum(one["times"] for one in refusals), "; ".join(map(refusal_text, refusals))
+        notes.append(f"{missing} update{'' if missing == 1 else 's'} missing: {why}. See {HOLDERS_LOG} in the folder.")
     return notes
 
 

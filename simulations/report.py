@@ -19,11 +19,14 @@ from fedhead.simulations import plots
 from fedhead.simulations.charts import MOST_ROWS, charts_of, pictures_of
 from fedhead.simulations.show import (
     metric_name,
+    refusal_text,
+    refusals_of,
     show_bytes,
     show_count,
     show_delta,
     show_epsilon,
     show_metric,
+    show_noise,
     show_number,
     show_seconds,
     show_setting,
@@ -88,7 +91,8 @@ def environment() -> Environment:
     )
     found.filters.update(
         metric=show_metric, epsilon=show_epsilon, count=show_count, size=show_bytes, seconds=show_seconds,
-        delta=show_delta, metric_name=metric_name, value=show_setting, number=show_number,
+        delta=show_delta, metric_name=metric_name, value=show_setting, number=show_number, noise=show_noise,
+        refusal=refusal_text,
     )  # fmt: skip
     return found
 
@@ -130,7 +134,7 @@ def context_of(result: Result) -> dict[str, Any]:
         "bytes_down": sum(row["bytes_down"] for row in result.rounds),
         "replies": sum(row["holders"] for row in result.rounds),
         "cohort": _span([row["holders"] for row in result.rounds]),
-        "refusals": _refusals(result),
+        "refusals": refusals_of(result.rounds),
         "settings": [
             (section, list(_flat(values))) if isinstance(values, Mapping) else ("", [(section, values)])
             for section, values in result.config.items()
@@ -139,21 +143,23 @@ def context_of(result: Result) -> dict[str, Any]:
 
 
 def holder_rows(result: Result, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each data holder that is known: simulated ones with their records, others by what they spent."""
+    """A row for each data holder that is known: simulated ones with their records, others by their answers."""
     spends: dict[str, list[Mapping[str, Any]]] = {}
     for spend in result.privacy:
         spends.setdefault(spend["holder"], []).append(spend)
     refused = Counter(refusal["holder"] for row in result.rounds for refusal in row["refused"])
     known = {holder["name"]: holder for holder in result.holders}
     rows = []
-    for name in dict.fromkeys([*known, *spends]):
+    for name in dict.fromkeys([*known, *spends, *sorted(refused)]):
         holder = known.get(name)
         counts = [holder["labels"].get(label, 0) for label in labels] if holder else []
         total = sum(counts)
         rows.append(
             {
                 "name": name,
+                "value": holder.get("value") if holder else None,
                 "records": holder["records"] if holder else None,
+                "persons": holder.get("persons") if holder else None,
                 "counts": counts,
                 "mix": _mix(labels, counts) if total else [],
                 "metrics": holder["metrics"] if holder else {},
@@ -242,19 +248,6 @@ def _time(result: Result) -> dict[str, Any]:
             for what, seconds, colour in parts
         ],
     }
-
-
-def _refusals(result: Result) -> list[dict[str, Any]]:
-    found: dict[tuple[int, str], dict[str, Any]] = {}
-    for row in result.rounds:
-        for refusal in row["refused"]:
-            entry = found.setdefault(
-                (refusal["code"], refusal["text"]),
-                {"code": refusal["code"], "text": refusal["text"], "times": 0, "holders": set()},
-            )
-            entry["times"] += 1
-            entry["holders"].add(refusal["holder"])
-    return [found[key] for key in sorted(found)]
 
 
 def ceiling(epsilon: float | None, delta: float | None, false_alarms: float = FALSE_ALARMS) -> float | None:

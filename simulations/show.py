@@ -1,9 +1,9 @@
-"""Numbers as a report shows them to people."""
+"""What a result says, as it is shown to people: numbers, and what was refused."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 METRIC_NAMES: Final[Mapping[str, str]] = {"accuracy": "Accuracy", "auc_roc": "AUC-ROC", "loss": "Loss", "f1": "F1"}
@@ -24,6 +24,14 @@ def show_metric(value: float, name: str = "accuracy") -> str:
 def show_number(value: float) -> str:
     """A number with at most four digits."""
     return f"{value:.4g}"
+
+
+def show_noise(value: float, digits: int = 6) -> str:
+    """A noise multiplier, rounded up: whoever types it in again stays within the epsilon that goes with it."""
+    if not math.isfinite(value) or value < 1e-6:
+        return f"{value:.{digits}g}"
+    step = 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
+    return f"{math.ceil(value / step * (1 - 1e-12)) * step:.{digits}g}"
 
 
 def show_epsilon(value: float) -> str:
@@ -71,3 +79,21 @@ def show_setting(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(show_setting(item) for item in value) or "—"
     return str(value) if not isinstance(value, Mapping) else "—"
+
+
+def refusals_of(rounds: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What was refused over all rounds of a result, by code: `code`, `text`, `times`, and the set of `holders`."""
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for row in rounds:
+        for one in row["refused"]:
+            new = {"code": one["code"], "text": one["text"], "times": 0, "holders": set()}
+            entry = found.setdefault((one["code"], one["text"]), new)
+            entry["times"] += 1
+            entry["holders"].add(one["holder"])
+    return [found[key] for key in sorted(found)]
+
+
+def refusal_text(one: Mapping[str, Any]) -> str:
+    """One of these in words."""
+    holders = len(one["holders"])
+    return f"{one['times']} × {one['text']} (code {one['code']}), {holders} data holder{'' if holders == 1 else 's'}"

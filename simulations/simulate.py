@@ -18,10 +18,10 @@ from fedhead.common.config import RunConfig, changed, find_recipe
 from fedhead.common.config.places import path_from
 from fedhead.common.errors import InputError
 from fedhead.common.preparation import default_cache
-from fedhead.common.results import Result, write_aside
+from fedhead.common.results import SEEDS, Result, write_aside
 from fedhead.simulations.faults import plainly
 from fedhead.simulations.federation import Engine, run
-from fedhead.simulations.folders import SEED, SEEDS, claimed
+from fedhead.simulations.folders import SEED, claimed
 from fedhead.simulations.logs import holders_log
 from fedhead.simulations.prepared import prepare
 
@@ -92,7 +92,8 @@ def simulate_seeds(
     Returns
     -------
     dict
-        `seeds`, `folder`, and `metrics`: name -> {mean, deviation (of the sample), values}; also in seeds.json.
+        `seeds`, `folder`, `metrics`: name -> {mean, deviation (of the sample), values}, and `privacy`: of each run the
+        largest epsilon of any holder, with its delta and unit; also in seeds.json.
 
     Notes
     -----
@@ -125,7 +126,13 @@ def _over_seeds(results: list[Result]) -> dict[str, Any]:
         if all(key in result.final for result in results)  # a metric may be left out, such as AUC-ROC of one label
         for values in [[result.final[key] for result in results]]
     }
-    return {"seeds": [result.config["run"]["seed"] for result in results], "metrics": metrics}
+    largest = [max(result.privacy, key=lambda one: one["epsilon"], default=None) for result in results]
+    privacy = [
+        {"seed": result.config["run"]["seed"], "epsilon": one["epsilon"], "delta": one["delta"], "unit": one["unit"]}
+        for result, one in zip(results, largest, strict=True)
+        if one is not None
+    ]
+    return {"seeds": [result.config["run"]["seed"] for result in results], "metrics": metrics, "privacy": privacy}
 
 
 @contextmanager

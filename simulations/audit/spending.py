@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from fedhead.simulations.show import show_noise
+
 MOST_RELEASES: Final = 500  # rows of single releases that a page carries; the rest is counted
 MOST_GROUPS: Final = 1000  # rows of runs, budgets and marks
 MOST_BARS: Final = 30  # bars and rows that are shown unfolded
@@ -100,12 +102,16 @@ def event_text(event: Found) -> str:
     kind = str(event.get("mechanism", "unknown"))
     if kind == "none":
         return "not private: neither clipped nor noised"
-    noise = f"noise multiplier {_short(event.get('noise_multiplier'))}"
+    noise = f"noise multiplier {_noise(event.get('noise_multiplier'))}"
     if kind == "count":
         return f"noised count, {noise}, sensitivity {_short(event.get('sensitivity'))}"
     rate = event.get("sample_rate")
     whom = "all records in each step" if rate is None else f"each record with probability {_short(rate)}"
     return f"{kind}, {noise}, clipping norm {_short(event.get('clipping_norm'))}, {whom}"
+
+
+def _noise(value: object) -> str:
+    return show_noise(value) if isinstance(value, float) else _short(value)
 
 
 def _short(value: object) -> str:

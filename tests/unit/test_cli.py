@@ -131,8 +131,15 @@ def test_several_seeds_from_the_command(fedhead, here):
     shown = (loss["mean"], loss["deviation"], min(loss["values"]), max(loss["values"]))
     assert re.findall(r"\d+\.\d+", row) == [f"{value:.3f}" for value in shown]
     assert "results in o\n" in out
-    for seed in (0, 1):
-        assert json.loads((here / "o" / f"seed-{seed}" / "result.json").read_text())["config"]["run"]["seed"] == seed
+    for seed, privacy in zip((0, 1), found["privacy"], strict=True):
+        result = json.loads((here / "o" / f"seed-{seed}" / "result.json").read_text())
+        assert result["config"]["run"]["seed"] == seed
+        worst = max(result["privacy"], key=lambda one: one["epsilon"])
+        assert privacy == {"seed": seed, **{name: worst[name] for name in ("epsilon", "delta", "unit")}}
+    assert "each run spent epsilon " in out
+    status, _, err = fedhead("report", "o")
+    assert status == 2
+    assert "name one of these folders" in err
 
 
 def test_runs_without_a_folder_get_one_each(fedhead, here):
@@ -268,6 +275,16 @@ def test_a_reader_that_goes_away_is_no_fault(here):
     )
     os.close(write)
     assert (process.returncode, process.stderr) == (0, b"")
+
+
+def test_a_terminal_that_lacks_a_character_shows_the_rest(here):
+    budget = ["--set", "holders.budget.epsilon=5", "--set", "holders.budget.domain=sté"]
+    done = subprocess.run(
+        [sys.executable, "-m", "fedhead", "plan", "r.toml", *budget], cwd=here, capture_output=True, check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"domain st? at delta 1e-5" in done.stdout
 
 
 @pytest.mark.slow

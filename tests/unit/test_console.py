@@ -1,6 +1,7 @@
 """What a terminal shows: what users typed, letter for letter."""
 
 import io
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +25,21 @@ def test_names_and_paths_are_shown_as_they_were_typed(capsys):
     assert f"{ODD}: test records" in unwrapped
     assert unwrapped.count(ODD) == 5
     found = {"values": [0.5, 1.0], "mean": 0.75, "deviation": 0.25}
-    console.show_seeds({"seeds": [0, 1], "metrics": {ODD: found}, "folder": f"runs/{ODD}"})
-    assert capsys.readouterr().out.count(ODD) == 2
+    spends = [{"seed": seed, "epsilon": 2.9 + seed / 20, "delta": 1e-5, "unit": "record"} for seed in (0, 1)]
+    console.show_seeds({"seeds": [0, 1], "metrics": {ODD: found}, "privacy": spends, "folder": f"runs/{ODD}"})
+    shown = capsys.readouterr().out
+    assert shown.count(ODD) == 2
+    assert "each run spent epsilon 2.900 to 2.950 at delta 1e-5" in shown
+
+
+def test_who_refused_all_rounds_is_shown_and_why(capsys):
+    result = make_result()
+    refused = {"holder": "st-mary", "code": 1010, "text": "the holder's privacy budget does not allow it"}
+    rounds = [{**row, "refused": [refused]} for row in result.rounds]
+    console.show_result(replace(result, rounds=rounds), Path("runs"))
+    shown = capsys.readouterr().out
+    assert re.search(r"st-mary .* 0\.000 .* refused", shown)
+    assert f"refused: {len(rounds)} × {refused['text']} (code 1010), 1 data holder\n" in shown
 
 
 class Terminal(io.StringIO):

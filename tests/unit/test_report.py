@@ -152,6 +152,46 @@ def test_where_the_server_adds_the_noise_no_update_is_said_to_be_noised() -> Non
         assert "trusted" not in text
 
 
+def test_where_persons_are_protected_it_is_persons_that_are_spoken_of() -> None:
+    result = of_unit("person")
+    result = replace(result, holders=[{**holder, "persons": 217} for holder in result.holders])
+    text = Page(render(result)).text
+    assert "a declared number of persons" in text
+    assert "knows the records of all other persons" in text
+    assert "all persons" in text  # in every step
+    assert text.count("217") == len(result.holders)
+    assert "Persons" in text
+    for said in ("a declared number of records", "all other records"):
+        assert said not in text
+
+
+def test_noise_from_a_seed_is_said_beside_the_epsilon_that_it_takes_away() -> None:
+    said = "for whoever knows the seed, ε is infinite"
+    assert said in Page(render(make_result())).text
+    assert said not in Page(render(replace(make_result(), holders=[]))).text  # a deployment's
+
+
+def test_who_refused_is_listed_and_who_holds_what_is_named() -> None:
+    result = make_result()
+    refused = {"holder": "st-mary", "code": 1010, "text": "the holder's privacy budget does not allow it"}
+    rounds = [{**row, "refused": [refused]} for row in result.rounds]
+    named = [{**holder, "value": f"ward {XSS}"} for holder in result.holders]
+    page = Page(render(replace(result, rounds=rounds, holders=named)))
+    assert "st-mary" in page.text
+    assert "60 × the holder's privacy budget does not allow it (code 1010), 1 data holder" in page.text
+    assert page.text.count(f"ward {XSS}") == len(named)
+
+
+def test_noise_that_is_typed_in_again_as_shown_is_no_less_than_it_was() -> None:
+    rng = np.random.default_rng(0)
+    for value in [13.17, 1.0, 10.0, 0.1, 1e-3, 99.99999, *np.exp(rng.uniform(-8, 12, 2000)).tolist()]:
+        for digits in (4, 6):
+            shown = float(show.show_noise(value, digits))
+            assert value * (1 - 1e-11) <= shown <= value * (1 + 1.01 * 10 ** (1 - digits))
+    assert show.show_noise(13.17) == "13.17"
+    assert show.show_noise(10.772631234) == "10.7727"
+
+
 def test_a_declared_constant_of_the_recipe_carries_no_warning() -> None:
     result = replace(make_result(), declared_records={"value": 1000, "origin": "recipe"})
     text = Page(render(result)).text
@@ -167,6 +207,12 @@ def test_without_privacy_the_page_says_so_and_shows_no_epsilon_curve() -> None:
     assert "ε by round" not in page.text
     assert "notices that a given" not in page.text
     assert "no data holder spent more than" not in page.text
+
+
+def test_nothing_is_called_protected_without_privacy() -> None:
+    text = Page(render(make_result(epsilon=math.inf))).text
+    assert "Protected nothing" in " ".join(text.split())
+    assert "one record; neighbouring" not in text
 
 
 def test_text_of_a_recipe_is_never_markup() -> None:

@@ -337,4 +337,10 @@ def _notes(who: str, reading: Reading, name: str) -> Iterable[str]:
     if any("seeded" in (one.row.noise or "") and not one.row.seeded for one in domain.charged):
         yield f"{who}: a release took its noise from a seed that arrived: epsilon is infinite"
     if "holder" in domain.units:
-        yield 'under the unit "holder" the server adds the noise: the figure trusts it, and its own ledger'
+        if any(one.event.mechanism == "none" for one in domain.charged if one.row.unit == "holder"):
+            yield (
+                'under the unit "holder" infinite is what the server saw, which is trusted: the figure of what it let '
+                "out is in its server-ledger.sqlite, to be audited by itself"
+            )
+        else:
+            yield 'under the unit "holder" the server adds the noise: the figure trusts it'

@@ -13,6 +13,7 @@ from fedhead.common.privacy.events import GaussianEvent, from_json
 from fedhead.common.privacy.ledger import Ledger
 from fedhead.server.central import LEDGER
 from fedhead.server.rounds import Rounds
+from fedhead.simulations.audit.ledgers import audit_ledgers
 from fedhead.simulations.simulate import simulate
 
 HOLDERS = 30
@@ -69,6 +70,14 @@ def test_ledger_result_and_an_independent_count_agree(many, tmp_path):
     assert any("the server adds the noise" in note and "trusted" in note for note in result.notes)
     assert [row["epsilon"] for row in result.rounds] == sorted(row["epsilon"] for row in result.rounds)
     ledger.close()
+
+
+def test_an_audit_says_which_ledger_has_the_figure(many, tmp_path):
+    simulate(many({"training.rounds": 2}), tmp_path / "run")
+    holders, server = (audit_ledgers([tmp_path / "run" / name]) for name in ("holders", LEDGER))
+    assert any("is in its server-ledger.sqlite" in note for note in holders["notes"])
+    assert not any("server-ledger.sqlite" in note for note in server["notes"])
+    assert any("the figure trusts it" in note for note in server["notes"])
 
 
 def test_defaults_learn(many, tmp_path):

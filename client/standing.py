@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from fedhead.client.domains import DomainError, Domains, identities
-from fedhead.client.findings import Finding, apart, count, delta_as, left_as, open_to_others, spent_as
+from fedhead.client.findings import Finding, apart, count, delta_as, delta_left_as, left_as, open_to_others, spent_as
 from fedhead.client.holder import MADE, HolderFile
 from fedhead.common.data.records import Records
 from fedhead.common.errors import DataError, FedheadError
@@ -103,7 +103,8 @@ def _own_budget(holder: HolderFile, domains: Sequence[DomainSummary]) -> Finding
     parts = [f'"{holder.budget.domain}": {_figures(terms, cost)}']
     parts.append(f"left {left_as(rest.epsilon)}" + (" for full-batch runs" if terms.poisson_share else ""))
     if terms.poisson_share:
-        parts.append(f"{left_as(rest.poisson_epsilon)} for Poisson plans")
+        delta = delta_left_as(rest.poisson_delta)
+        parts.append(f"{left_as(rest.poisson_epsilon)} at delta {delta} for Poisson plans")
     if found is not None and found.overlapping:
         parts.append(f"counted together with {', '.join(found.overlapping)}")
     text = ", ".join(parts)

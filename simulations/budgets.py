@@ -19,7 +19,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from fedhead.client.findings import delta_as, left_as, spent_as
+from fedhead.client.findings import delta_as, delta_left_as, left_as, spent_as
 from fedhead.common.errors import InputError
 from fedhead.common.privacy.accounting import Spent
 from fedhead.common.privacy.filters import Totals, spent
@@ -232,7 +232,7 @@ def _show_lines(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         out.print(Text(f"{row['holder']}, {row['domain']}", "bold"))
         terms, left = row["terms"], row["left"]
         if terms is not None and left is not None:
-            poisson = f", Poisson {left_as(left['poisson_epsilon'])}" if terms["poisson_share"] else ""
+            poisson = f", Poisson {_poisson(left)}" if terms["poisson_share"] else ""
             out.print(f"  of {terms['epsilon']:g}, left {left_as(left['epsilon'])}{poisson}")
         for name, one, indent in (
             ("", row, "  "),
@@ -255,9 +255,14 @@ def _domain_cells(row: Mapping[str, Any], poisson: bool, files: bool) -> list[Te
         _epsilon(row["spent"]),
         "" if terms is None else f"{terms['epsilon']:g}",
         "" if left is None else left_as(left["epsilon"]),
-        *(["" if left is None else left_as(left["poisson_epsilon"])] if poisson else []),
+        *(["" if left is None else _poisson(left).replace(" at", "\nat")] if poisson else []),
         *_counts(row),
     ]
+
+
+def _poisson(left: Mapping[str, float]) -> str:
+    """What is left for Poisson plans; their deltas add up, too."""
+    return f"{left_as(left['poisson_epsilon'])} at {delta_left_as(left['poisson_delta'])}"
 
 
 def _run_cells(run: Mapping[str, Any], terms: Mapping[str, Any] | None, poisson: bool) -> list[Text | str]:

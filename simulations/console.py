@@ -92,33 +92,27 @@ def _show_privacy(out: Console, result: Result) -> None:
     table = Table(title="what each holder spent in this run", title_justify="left", pad_edge=False)
     for name in ("holder", *known, "epsilon", "delta", "counted by"):
         table.add_column(name, justify="left" if name in ("holder", "counted by") else "right")
+
+    def known_of(name: str) -> list[str]:
+        holder = kept.get(name, {})
+        return [str(holder.get("records", "")), _number(holder.get("metrics", {}).get("accuracy"))][: len(known)]
+
     entries = result.privacy[:10]
     for entry in entries:
-        holder = kept.get(entry["holder"], {})
-        figures = {
-            "records": str(holder.get("records", "")),
-            "accuracy": _number(holder.get("metrics", {}).get("accuracy")),
-        }
-        table.add_row(
-            entry["holder"],
-            *(figures[name] for name in known),
-            _epsilon(entry["epsilon"]),
-            f"{entry['delta']:g}",
-            entry["accountant"],
-        )
+        epsilon, delta = _epsilon(entry["epsilon"]), f"{entry['delta']:g}"
+        table.add_row(entry["holder"], *known_of(entry["holder"]), epsilon, delta, entry["accountant"])
     if len(result.privacy) > len(entries):
         table.add_row(f"and {len(result.privacy) - len(entries)} more", *[""] * (3 + len(known)))
     spent = {entry["holder"] for entry in result.privacy}
     refusals = refusals_of(result.rounds)
     without = sorted({holder for one in refusals for holder in one["holders"]} - spent)
     for name in without[:10]:
-        known_of = [str(kept.get(name, {}).get("records", "")), ""][: len(known)]
-        table.add_row(name, *known_of, "0.000", "", "refused")
+        table.add_row(name, *known_of(name), "0.000", "", "no update")
     if len(without) > 10:
-        table.add_row(f"and {len(without) - 10} more refused", *[""] * (3 + len(known)))
+        table.add_row(f"and {len(without) - 10} more without an update", *[""] * (3 + len(known)))
     out.print(table)
     for one in refusals:
-        out.print(f"refused: {refusal_text(one)}", soft_wrap=True)
+        out.print(f"no update: {refusal_text(one)}", soft_wrap=True)
     if result.privacy:
         entry = result.privacy[0]
         out.print(f"unit: {entry['unit']}; neighbours: {entry['adjacency']}; mechanism: {entry['mechanism']}\n")

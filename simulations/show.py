@@ -95,5 +95,5 @@ def refusals_of(rounds: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def refusal_text(one: Mapping[str, Any]) -> str:
     """One of these in words."""
-    holders = len(one["holders"])
-    return f"{one['times']} × {one['text']} (code {one['code']}), {holders} data holder{'' if holders == 1 else 's'}"
+    holders, code = len(one["holders"]), f" (code {one['code']})" if one["code"] else ""  # 0: nothing came from it
+    return f"{one['times']:,} × {one['text']}{code}, {holders:,} data holder{'' if holders == 1 else 's'}"

@@ -38,8 +38,8 @@ def test_who_refused_all_rounds_is_shown_and_why(capsys):
     rounds = [{**row, "refused": [refused]} for row in result.rounds]
     console.show_result(replace(result, rounds=rounds), Path("runs"))
     shown = capsys.readouterr().out
-    assert re.search(r"st-mary .* 0\.000 .* refused", shown)
-    assert f"refused: {len(rounds)} × {refused['text']} (code 1010), 1 data holder\n" in shown
+    assert re.search(r"st-mary .* 0\.000 .* no update", shown)
+    assert f"no update: {len(rounds)} × {refused['text']} (code 1010), 1 data holder\n" in shown
 
 
 class Terminal(io.StringIO):

@@ -9,6 +9,7 @@ import pytest
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from fedhead.client.findings import delta_left_as
 from fedhead.common.privacy.accounting import epsilon
 from fedhead.common.privacy.events import CountEvent, GaussianEvent, NoPrivacyEvent, PoissonEvent, from_json
 from fedhead.common.privacy.ledger import Ledger, LedgerError, Plan, Reservation, verify_statement
@@ -111,8 +112,10 @@ def test_poisson_plans_are_charged_whole(fedhead, tmp_path, monkeypatch):
         monkeypatch.setenv("COLUMNS", width)
         shown = fedhead("budget", ".")[1]
         assert f"{math.floor(row['left']['poisson_epsilon'] * 1000) / 1000:.3f}" in shown
+        assert f"at {delta_left_as(row['left']['poisson_delta'])}" in " ".join(shown.split())
         assert "…" not in shown
         assert "\n\n" not in shown
+    assert row["left"]["poisson_delta"] == pytest.approx(4e-6)
 
 
 def test_without_a_budget_delta_can_be_chosen(fedhead, tmp_path):

@@ -3,6 +3,7 @@
 import gc
 import os
 from pathlib import Path
+from runpy import run_path
 
 # One thread, in NumPy and PyTorch, here and in every process that a test starts: sums have the same order on every
 # machine, and the workers of pytest-xdist don't fight over two cores. It counts before either is imported.
@@ -33,6 +34,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture
+def unprivileged():
+    """A context in which root may what the bits of a file say, and no more; others may that anyway."""
+    return run_path(str(Path(__file__).with_name("unprivileged.py")))["unprivileged"]
 
 
 TINY = {

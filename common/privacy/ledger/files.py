@@ -69,9 +69,11 @@ OBJECTS: Final = {
 }
 
 
-def failure(path: Path, fault: Exception) -> LedgerError:
+def failure(path: Path, fault: Exception, read_only: bool = False) -> LedgerError:
     """What a fault of SQLite or of the operating system means for the user, in one line."""
     text = (getattr(fault, "strerror", None) or str(fault)).rstrip(".")
+    if read_only and ("unable to open" in text or "ermission" in text):
+        return LedgerError(f"ledger {path} can't be read ({text}). Give this user the right to read it.")
     remedy = "Restore it from a copy; a server that has seen more will say so."
     if "full" in text or "No space" in text or "File too large" in text:
         remedy = "Free some space on the disk, then try again."
@@ -83,12 +85,12 @@ def failure(path: Path, fault: Exception) -> LedgerError:
 
 
 @contextmanager
-def failures(path: Path) -> Iterator[None]:
+def failures(path: Path, read_only: bool = False) -> Iterator[None]:
     """Turn every fault of SQLite, of a damaged text or of the operating system into a LedgerError."""
     try:
         yield
     except (sqlite3.Error, sqlite3.Warning, OSError, UnicodeError) as fault:
-        raise failure(path, fault) from fault
+        raise failure(path, fault, read_only) from fault
 
 
 def make(path: Path) -> None:
@@ -156,7 +158,7 @@ def connect(path: Path, create: bool, read_only: bool) -> sqlite3.Connection:
     check), and that the write-ahead log of a process that died has not been damaged since. Rows are checked when a
     holder is first used.
     """
-    with failures(path):
+    with failures(path, read_only):
         if create and not read_only and not path.exists():
             make(path)
         if not path.is_file():
@@ -171,7 +173,7 @@ def connect(path: Path, create: bool, read_only: bool) -> sqlite3.Connection:
             check_same_thread=False,
         )  # fmt: skip
     try:
-        with failures(path):
+        with failures(path, read_only):
             _check(connection, path, read_only)
     except BaseException:
         connection.close()

@@ -13,9 +13,10 @@ from typing import Annotated, Any
 import typer
 
 from fedhead.common.errors import InputError
-from fedhead.output import JsonOption, SetOption, emit
+from fedhead.output import Commands, JsonOption, SetOption, emit
 
 audit = typer.Typer(
+    cls=Commands,
     help="Prove what was spent, and that the mechanism keeps its promise.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

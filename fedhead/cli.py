@@ -20,10 +20,11 @@ from fedhead import __version__
 from fedhead.audit_cli import audit
 from fedhead.common.errors import FedheadError, InputError
 from fedhead.deploy_cli import COMMANDS
-from fedhead.output import JsonOption, SetOption, emit
+from fedhead.output import Commands, JsonOption, SetOption, emit
 from fedhead.stopping import Stopping
 
 app = typer.Typer(
+    cls=Commands,
     name="fedhead",
     help="Fine-tune the head of a pre-trained model across data holders, under differential privacy.",
     no_args_is_help=True,

@@ -1,13 +1,16 @@
-"""What all commands share: common options, and one way to print."""
+"""What all commands share: common options, paths as people type them, and one way to print."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
+from typer.core import TyperGroup
 
 from fedhead.common.errors import Terminated
 
@@ -15,6 +18,27 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; KEY= takes it out.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+class HomePath(click.Path):
+    """A path where `~` is the user's home: a shell leaves it as typed in `--out=~/x`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path as click would give it, from the user's home where it starts there."""
+        from fedhead.common.config.places import path_from
+
+        return super().convert(str(path_from(str(value), Path())), param, ctx)
+
+
+class Commands(TyperGroup):
+    """Commands all of whose paths are `HomePath`s."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for command in self.commands.values():
+            for parameter in command.params:
+                if isinstance(parameter.type, click.Path):
+                    parameter.type = HomePath()
 
 
 def emit(found: Any, as_json: bool, show: Any) -> None:

@@ -87,6 +87,7 @@ def predict_file(
     CSV columns: `input` (the row from 1, or the file's name), `label`, `p_<label>` for each label. An image that can't
     be decoded has an empty label, and a warning on standard error.
     """
+    inputs = [str(path_from(given, Path())) if given.startswith("~") else given for given in inputs]
     _check_paths(inputs)
     if weights is not None and not weights.startswith("pkg://"):
         path = path_from(weights, Path.cwd())  # typed in a shell, not in a recipe

@@ -13,6 +13,7 @@ from typing import Any
 from fedhead.common.config.checks import CHECKS, Sections
 from fedhead.common.config.faults import fault
 from fedhead.common.config.files import judged
+from fedhead.common.config.places import path_from
 from fedhead.common.config.schema import RunConfig
 from fedhead.common.config.tables import read_toml
 from fedhead.common.errors import ConfigError
@@ -27,7 +28,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Parameters
     ----------
     path : path
-        A TOML file; relative paths inside it start from its folder.
+        A TOML file, `~` is the user's home; relative paths inside it start from its folder.
     overrides : sequence of str
         `a.b=value`, applied in order; the value is read as TOML, or as text where it is none. `a.b=` takes the setting
         out of the recipe.
@@ -37,7 +38,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     ConfigError
         With every fault at once.
     """
-    path = Path(path)
+    path = path_from(str(path), Path())
     raw = read_toml(path, "RECIPE", '"fedhead simulate --list" names the built-in recipes.')
     for override in overrides:
         _override(raw, override)

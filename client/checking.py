@@ -9,8 +9,8 @@ Every line is a finding with one of four states:
 
 Numbers of records, persons and labels appear here and nowhere else: they are for the holder's terminal, never for a
 server. What is written: the storage folder where it is missing, and what this domain has held (domains.py). The
-ledger is only read. What concerns the storage folder is in standing.py, the coordinator in connection.py, features
-and the cost of a recipe in foresight.py.
+ledger is only read. What concerns the storage folder is in standing.py, the coordinator in connection.py, code, tasks
+and a port that the file names in naming.py, features and the cost of a recipe in foresight.py.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from fedhead.client.connection import connection
 from fedhead.client.findings import NO_RECORDS, Finding, State, apart, count
 from fedhead.client.foresight import foresight
 from fedhead.client.holder import HolderFile, load_holder
+from fedhead.client.naming import named_code, named_tasks, port
 from fedhead.client.own_records import counted
 from fedhead.client.standing import disjoint, ledger, storage
 from fedhead.common.config import RunConfig
@@ -102,6 +103,7 @@ def check_holder(
         Finding("holder file", "ok", f"{holder.name}, domain {holder.budget.domain}"),
         *connection(holder, connect=connect, joining=joining),
         *_data(holder, records), *_labels(holder, joining), *_people(holder, records), *_limits(holder, records),
+        *named_code(holder), *named_tasks(holder), *port(holder, joining=joining),
         *storage(holder), *ledger(holder),
         *foresight(holder, records, recipe), *disjoint(holder, records),
     ]  # fmt: skip

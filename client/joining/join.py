@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -116,6 +116,16 @@ def only_one(holder: HolderFile) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def has_joined(holder: HolderFile) -> bool:
+    """Whether a process has joined with this storage folder: whether it holds the lock."""
+    with suppress(FileNotFoundError, PermissionError), open(holder.folder / LOCK) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _supervise(

@@ -17,6 +17,7 @@ from fedhead.common.config.privacy import PrivacySettings
 from fedhead.common.config.strategies import FedAvgM, Strategy
 from fedhead.common.config.tables import Table, by_kind
 
+TASKS = ("classification",)  # kinds of task that fedhead has; `fedhead.common.tasks` has a row for each
 MODULE = r"^module:[\w.]+:\w+$"  # a task, head, backbone or partitioner of the user's own: module:package.module:name
 
 

@@ -8,7 +8,9 @@ registry grow.
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
+import socket
 from collections.abc import Callable, Collection
 from typing import Any, Final
 
@@ -86,8 +88,7 @@ def serve_metrics(address: str, registry: CollectorRegistry) -> Callable[[], Non
     try:
         server, thread = start_http_server(port, host, registry)
     except OSError as error:
-        rule = f"it can't be listened on ({error.strerror or type(error).__name__})"
-        raise InputError(fault(_SETTING, address, rule, "Give a free port, or end what listens there.")) from error
+        raise _unusable(address, error) from error
 
     closed = False
 
@@ -100,6 +101,28 @@ def serve_metrics(address: str, registry: CollectorRegistry) -> Callable[[], Non
             thread.join()
 
     return close
+
+
+def check_free(address: str) -> None:
+    """Refuse an address that `serve_metrics` couldn't serve at now. Listens for an instant, and answers nothing.
+
+    Raises
+    ------
+    InputError
+        As `serve_metrics` does.
+    """
+    host, port = loopback(address)
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as error:
+        raise _unusable(address, error) from error
+
+
+def _unusable(address: str, error: OSError) -> InputError:
+    reason = os.strerror(error.errno) if error.errno else type(error).__name__
+    rule = f"it can't be listened on ({reason})"
+    return InputError(fault(_SETTING, address, rule, "Give a free port, or end what listens there."))
 
 
 def one_of(value: Any, known: Collection[str]) -> str:

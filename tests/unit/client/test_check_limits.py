@@ -1,5 +1,6 @@
 """`fedhead check`: what of the limits is shown, and what is a remedy."""
 
+import socket
 from pathlib import Path
 from runpy import run_path
 
@@ -7,6 +8,9 @@ import numpy as np
 import pytest
 
 from fedhead.client.checking import check_holder
+from fedhead.client.holder import load_holder
+from fedhead.client.joining.join import only_one
+from fedhead.common.config.schema import TASKS as KINDS
 from fedhead.common.privacy.summing import rounding_records
 
 FILES = run_path(str(Path(__file__).with_name("holder_files.py")))
@@ -99,3 +103,70 @@ def test_a_holder_without_labels_of_its_own_can_not_join(here, server):
     assert [finding.state for finding in joining if finding.name == "labels"] == ["remedy"]
     change(here, "[data]", '[data]\nlabels = ["a", "b"]')
     assert not found(here, "labels")
+
+
+@pytest.mark.parametrize(
+    ("entry", "text", "remedy"),
+    [
+        ("module:torch.nn:Identity", "it must have the form package.module:name", 'Write "torch.nn:Identity".'),
+        ("torch.nn.Identity", "it must have the form package.module:name", "Give one such as torch.nn:Identity."),
+        ("no_such_package_here.heads:Head", 'there is no package "no_such_package_here" here',
+         "Install it where `fedhead join` runs, or correct the name."),
+    ],
+)  # fmt: skip
+def test_code_that_could_never_be_named_is_a_remedy(here, entry, text, remedy):
+    change(here, "[limits]", f'[limits]\nmodules = ["torch.nn:Identity", "{entry}"]')
+    (code,) = found(here, "code")
+    assert (code.state, code.text, code.remedy) == ("remedy", f'limits.modules has "{entry}": {text}', remedy)
+
+
+def test_code_is_looked_for_and_not_imported(here, monkeypatch):
+    (here / "fedhead_loud_package").mkdir()
+    (here / "fedhead_loud_package" / "__init__.py").write_text("raise SystemExit(9)")
+    monkeypatch.syspath_prepend(str(here))
+    change(here, "[limits]", '[limits]\nmodules = ["fedhead_loud_package.heads:Head"]')
+    assert not found(here, "code")
+
+
+@pytest.mark.parametrize(
+    ("entry", "text", "remedy"),
+    [
+        ("clasification", 'limits.tasks has "clasification": there is no such kind of task',
+         "Write classification, or module:package.module:name for code that limits.modules names."),
+        ("module:mine.tasks:Ranks", 'limits.tasks has "module:mine.tasks:Ranks": limits.modules lacks it',
+         'Add "mine.tasks:Ranks" there, or remove it.'),
+    ],
+)  # fmt: skip
+def test_a_task_that_no_recipe_can_have_is_a_remedy(here, entry, text, remedy):
+    change(here, "[limits]", f'[limits]\ntasks = ["classification", "{entry}"]')
+    (task,) = found(here, "task")
+    assert (task.state, task.text, task.remedy) == ("remedy", text, remedy)
+
+
+def test_a_task_of_ones_own_goes_with_its_code(here):
+    change(here, "[limits]", '[limits]\ntasks = ["module:torch.nn:Identity"]\nmodules = ["torch.nn:Identity"]')
+    assert not found(here, "task") + found(here, "code")
+
+
+def test_the_kinds_of_task_that_are_known_are_those_that_there_are():
+    from fedhead.common.tasks import TASKS
+
+    assert set(KINDS) == set(TASKS)
+
+
+def test_a_metrics_port_that_is_taken_is_a_remedy(here):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        change(here, "[data]", f'metrics = "{address}"\n[data]')
+        (metrics,) = found(here, "metrics")
+        assert (metrics.state, metrics.text, metrics.remedy) == (
+            "remedy", f'metrics is "{address}": it can\'t be listened on (Address already in use)',
+            "Give a free port, or end what listens there.",
+        )  # fmt: skip
+        with only_one(load_holder(here / "holder.toml")):  # what listens there is this holder's own
+            (metrics,) = found(here, "metrics")
+            assert (metrics.state, metrics.text) == ("ok", f"{address}: this holder has joined, and listens there")
+            joining = check_holder(here / "holder.toml", connect=False, joining=True).findings
+            assert [one.state for one in joining if one.name == "metrics"] == ["remedy"]
+    (metrics,) = found(here, "metrics")
+    assert (metrics.state, metrics.text) == ("ok", f"{address} is free")

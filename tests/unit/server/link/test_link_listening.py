@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import socket
+import ssl
 import time
 
 import pytest
 
 from fedhead.common.errors import InputError
+from fedhead.server.keys import make_keys
 from fedhead.server.link import listening
 from fedhead.server.link.listening import bound, http_server, run_together
 
@@ -36,9 +38,11 @@ async def answer(scope, receive, send):
 
 
 @contextlib.asynccontextmanager
-async def running(connections=100):
+async def running(connections=100, tls=None, ciphers=None):
     listener = bound("control", "127.0.0.1:0")
-    server = http_server(answer, lifespan=False, connections=connections)
+    server = http_server(answer, lifespan=False, connections=connections, tls=tls)
+    if ciphers is not None:
+        server.config.ssl.set_ciphers(ciphers)
     task = asyncio.create_task(run_together([(server, listener)]))
     while not server.started:
         await asyncio.sleep(0.01)
@@ -132,3 +136,38 @@ def test_when_one_server_ends_both_do():
     asyncio.run(run())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
+
+
+@pytest.fixture
+def tls(tmp_path):
+    make_keys(tmp_path / "keys", ["st-mary"])
+    return tmp_path / "keys" / "server.crt", tmp_path / "keys" / "server.key"
+
+
+def test_tls_1_2_is_the_oldest_that_is_configured(tls):
+    server = http_server(answer, lifespan=False, connections=9, tls=tls)
+    assert server.config.ssl.minimum_version is ssl.TLSVersion.TLSv1_2
+
+
+@pytest.mark.parametrize("version", ["TLSv1", "TLSv1_1", "TLSv1_2", "TLSv1_3"])
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
+def test_older_versions_of_tls_are_refused(tls, version):
+    """With ciphers on both sides that older versions could use, it is the version alone that decides."""
+    version, ciphers = ssl.TLSVersion[version], "ALL:@SECLEVEL=0"
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+    client.set_ciphers(ciphers)
+    client.minimum_version = client.maximum_version = version
+
+    async def run():
+        async with running(tls=tls, ciphers=ciphers) as (port, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=client)
+            writer.write(REQUEST % b"a")
+            assert await asyncio.wait_for(reader.readuntil(b"ok"), PATIENCE)
+            writer.close()
+
+    if version < ssl.TLSVersion.TLSv1_2:
+        with pytest.raises((ssl.SSLError, ConnectionResetError)):
+            asyncio.run(run())
+    else:
+        asyncio.run(run())

@@ -63,7 +63,7 @@ class Refused(FedheadError):
     Parameters
     ----------
     code : int
-        One of the fixed codes of ``fedhead.common.protocol``; only the code and its fixed text leave the holder.
+        One of the fixed codes of ``fedhead.common.refusals``; only the code and its fixed text leave the holder.
     """
 
     def __init__(self, code: int, text: str) -> None:

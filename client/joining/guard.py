@@ -13,7 +13,7 @@ SERIES: Final = "1.41"
 
 
 def check_flower() -> None:
-    """Refuse another series of Flower than the one that flower.py and tasks.py are made for.
+    """Refuse another series of Flower than the one that flower.py, tasks.py, uploading.py and weighing.py are made for.
 
     Raises
     ------

@@ -103,7 +103,7 @@ def check_holder(
         Finding("holder file", "ok", f"{holder.name}, domain {holder.budget.domain}"),
         *connection(holder, connect=connect, joining=joining),
         *_data(holder, records), *_labels(holder, joining), *_people(holder, records), *_limits(holder, records),
-        *named_code(holder), *named_tasks(holder), *port(holder, joining=joining),
+        *named_code(holder, joining=joining), *named_tasks(holder, joining=joining), *port(holder, joining=joining),
         *storage(holder), *ledger(holder),
         *foresight(holder, records, recipe), *disjoint(holder, records),
     ]  # fmt: skip

@@ -118,6 +118,8 @@ def test_code_that_could_never_be_named_is_a_remedy(here, entry, text, remedy):
     change(here, "[limits]", f'[limits]\nmodules = ["torch.nn:Identity", "{entry}"]')
     (code,) = found(here, "code")
     assert (code.state, code.text, code.remedy) == ("remedy", f'limits.modules has "{entry}": {text}', remedy)
+    joining = check_holder(here / "holder.toml", connect=False, joining=True).findings
+    assert [one.state for one in joining if one.name == "code"] == ["warning"]
 
 
 def test_code_is_looked_for_and_not_imported(here, monkeypatch):
@@ -141,6 +143,8 @@ def test_a_task_that_no_recipe_can_have_is_a_remedy(here, entry, text, remedy):
     change(here, "[limits]", f'[limits]\ntasks = ["classification", "{entry}"]')
     (task,) = found(here, "task")
     assert (task.state, task.text, task.remedy) == ("remedy", text, remedy)
+    joining = check_holder(here / "holder.toml", connect=False, joining=True).findings
+    assert [one.state for one in joining if one.name == "task"] == ["warning"]
 
 
 def test_a_task_of_ones_own_goes_with_its_code(here):

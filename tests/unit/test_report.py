@@ -339,3 +339,15 @@ def test_the_page_lies_beside_its_result(tmp_path: Path) -> None:
 def test_a_browser_draws_the_page_without_sideways_scrolling(tmp_path: Path, width: int) -> None:
     make_result(labels=("a" * 60, "b")).write(tmp_path)
     READING.draw(write_report(tmp_path), width, 1600)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(READING.CHROMIUM is None, reason="no Chromium on this machine to draw the page with")
+@pytest.mark.parametrize("epsilon", [math.inf, 3.0])
+def test_a_chart_alone_in_its_row_does_not_fill_it(tmp_path: Path, epsilon: float) -> None:
+    """Without privacy there is no curve of epsilon, and the one beside it would be 1,040 px wide."""
+    make_result(epsilon=epsilon).write(tmp_path)
+    drawn = READING.draw(write_report(tmp_path), 1280, 1200)
+    right = (np.abs(drawn[:, 800:1140] - drawn[0, 0]).max(-1) <= 2).all(-1)  # rows with nothing in the right third
+    empty = max((len(run) for run in "".join("_x"[row] for row in right.astype(int)).split("_")), default=0)
+    assert (empty > 300) == math.isinf(epsilon), empty

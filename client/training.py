@@ -292,16 +292,3 @@ class Trainer:
             else:
                 torch.set_rng_state(source.get_state())  # manual_seed keeps 32 bits
             yield
-
-
-def train_round(
-    trainable: Trainable,
-    task: Task,
-    features: Features,
-    targets: Tensor,
-    plan: StepPlan,
-    streams: Streams,
-    path: str | None = None,
-) -> Event:
-    """One round of a trainable that is used once; see `Trainer.round`."""
-    return Trainer(trainable, task, path).round(features, targets, plan, streams)

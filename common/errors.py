@@ -76,7 +76,3 @@ class Terminated(SystemExit):
 
     Where a SystemExit is caught that a library or code of the user's own may raise, this one is passed on.
     """
-
-
-class FedheadWarning(UserWarning):
-    """Something the user should know that does not stop the run."""

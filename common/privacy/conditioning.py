@@ -35,7 +35,6 @@ from fedhead.common.errors import InputError
 from fedhead.common.privacy.lattice import MOST_RECORDS
 
 ALL: Final = 2.0**-11  # in clipping norms: what `lattice.ETA` has for all records together
-ROOM: Final = ALL / MOST_RECORDS  # for one of as many as there may be
 LONGEST_WEIGHTS: Final = 2.0**20  # in clipping norms; of heads for which nothing is proved
 
 _U: Final = 2.0**-53

@@ -7,7 +7,8 @@ import torch
 
 from fedhead.common.config.limits import Limits
 from fedhead.common.errors import InputError
-from fedhead.common.privacy.conditioning import ROOM, check_weights, longest_weights, moved
+from fedhead.common.privacy.conditioning import ALL, check_weights, longest_weights, moved
+from fedhead.common.privacy.lattice import MOST_RECORDS
 
 WORSE = r"^the head's weights are longer than "
 
@@ -25,7 +26,7 @@ def test_usual_heads_pass(features, outputs, persons):
 @pytest.mark.parametrize("persons", [False, True])
 def test_the_limit_is_where_the_room_ends(persons):
     limit = longest_weights(300, 7, 0.4, persons=persons)
-    assert moved(limit, 300, 7, 0.4, persons=persons) == pytest.approx(ROOM * 0.4, rel=1e-12)
+    assert moved(limit, 300, 7, 0.4, persons=persons) == pytest.approx(ALL / MOST_RECORDS * 0.4, rel=1e-12)
     weight, bias = torch.zeros(7, 300, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)
     weight[3, 5] = bias[2] = limit / math.sqrt(2) * (1 - 1e-9)
     check_weights([weight, bias], 0.4, linear=True, persons=persons)

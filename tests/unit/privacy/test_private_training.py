@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedhead.client.training import StepPlan, Trainer, train_round
+from fedhead.client.training import StepPlan, Trainer
 from fedhead.common.config.schema import SGD, Adam, AdamW, TaskSettings
 from fedhead.common.errors import InputError
 from fedhead.common.features import FeatureSet
@@ -49,6 +49,10 @@ def plan(**changes):
 
 def flat(trainable):
     return torch.cat([p.detach().flatten() for p in trainable.trained().values()]).clone()
+
+
+def train_round(trainable, task, features, targets, given, streams, path=None):
+    return Trainer(trainable, task, path).round(features, targets, given, streams)
 
 
 def after(given, data, path=None, streams=STREAMS, trainable=None):

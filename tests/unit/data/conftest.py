@@ -2,8 +2,10 @@
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 
 @pytest.fixture(autouse=True)
@@ -18,3 +20,13 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     yield
     assert used == []  # an attempt counts even where it was swallowed
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder with six pictures of cats and dogs in it."""
+    for i in range(6):
+        path = tmp_path / "images" / ("cat" if i < 4 else "dog") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (5, 4), i).save(path)
+    return tmp_path

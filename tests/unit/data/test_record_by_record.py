@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from runpy import run_path
 
 import numpy as np
 import pytest
@@ -13,21 +14,7 @@ from fedhead.common.data.persons import names_of
 from fedhead.common.data.sources import load_records
 from fedhead.common.errors import DataError
 
-
-def write(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    for i in range(6):
-        path = tmp_path / "images" / ("cat" if i < 4 else "dog") / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (5, 4), i).save(path)
-    return tmp_path
-
-
+write = run_path(str(Path(__file__).with_name("data_files.py")))["write"]
 ODD = {"text": "odd one", "label": "b", "who": "someone", "v": ["x"]}
 
 

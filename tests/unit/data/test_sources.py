@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from runpy import run_path
 
 import datasets
 import numpy as np
@@ -15,24 +16,12 @@ from fedhead.common.data import files
 from fedhead.common.data.sources import SOURCES, load_records
 from fedhead.common.errors import DataError
 
-
-def write(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
-    return path
+write = run_path(str(Path(__file__).with_name("data_files.py")))["write"]
 
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
     write(tmp_path / "t.csv", 'text,label,hospital,x1,x2\n"a, b",1,n,1,2\nnull,0,s,,2\nc,1,n,nan,4.5\n')
-    return tmp_path
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    for i in range(6):
-        path = tmp_path / "images" / ("cat" if i < 4 else "dog") / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (5, 4), i).save(path)
     return tmp_path
 
 

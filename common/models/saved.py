@@ -22,49 +22,26 @@ from typing import Any, Final
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from fedhead import __version__
 from fedhead.common.config import RunConfig
 from fedhead.common.config.places import path_from
-from fedhead.common.config.schema import ModelSettings, TaskSettings
+from fedhead.common.config.schema import ModelSettings
 from fedhead.common.data.inputs import to_rgb
 from fedhead.common.errors import DataError, ModelError
 from fedhead.common.models.backbones import Backbone, load_backbone
+from fedhead.common.models.card import CARD, HEAD, SCHEMA, read_card, read_head
 from fedhead.common.models.heads import make_head
 from fedhead.common.models.trainable import Trainable
 from fedhead.common.results import write_aside
 from fedhead.common.tasks import Task, make_task
 
-SCHEMA: Final = 1
-HEAD: Final = "head.safetensors"
-CARD: Final = "model.json"
 ELSEWHERE: Final = (
     "Name the weights of the run: with --weights PATH of fedhead predict, or in Python fedhead.load(..., weights=PATH)."
 )
 OWN: Final = "module:fedhead.simulations.backbones:"  # factories of the built-in recipes
-
-
-class _Card(BaseModel):
-    """What model.json holds."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    schema_: int = Field(alias="schema")
-    fedhead: str
-    backbone: str
-    digest: str = Field(pattern=r"^[0-9a-f]{64}$", description="Of the backbone's architecture and weights.")
-    preprocessing: dict[str, Any] = Field(description="All that turns a raw input into features besides the weights.")
-    task: TaskSettings
-    model: ModelSettings = Field(description="The recipe's [model]: weights, head, pooling, unfreeze, normalize, ...")
-    base: str = Field(description="Where relative paths in `model` start, from this folder.")
-    vector_size: int | None = Field(None, ge=1, description="Length of an input vector (vector backbones).")
-    seed: int = Field(description="Of the head's first values.")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Of head.safetensors.")
 
 
 @dataclass(frozen=True, repr=False)
@@ -252,7 +229,7 @@ def load_model(
     if not (folder / CARD).exists() and (folder / "model" / CARD).exists():
         folder = folder / "model"
     shown = f'MODEL_DIR is "{folder}"'
-    card = _read_card(folder, shown)
+    card = read_card(folder, shown)
     named = [name for name in (card.model.backbone, card.model.head.kind, card.task.kind) if name.startswith("module:")]
     foreign = [name for name in named if not name.startswith(OWN)]
     if foreign and not allow_modules:
@@ -260,7 +237,7 @@ def load_model(
             f'{shown}: it names code outside fedhead, "{foreign[0]}", which loading would run. '
             "If you trust the folder, load it with --allow-modules, or allow_modules=True in Python."
         )
-    state = _read_head(folder, card, shown)
+    state = read_head(folder, card, shown)
     settings = card.model if weights is None else card.model.model_copy(update={"weights": weights, "sha256": None})
     root = (folder / card.base).resolve() if base is None else base
     theirs = card.model.weights
@@ -287,45 +264,6 @@ def load_model(
     _fill(trainable, state, shown)
     trainable.eval()
     return Model(backbone, trainable, task, tuple(card.task.labels), card.model)
-
-
-def _read_card(folder: Path, shown: str) -> _Card:
-    try:
-        data = json.loads((folder / CARD).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ModelError(f'{shown}: there is no {CARD} in it. Name the folder "model" of a run.') from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{shown}: its {CARD} can't be read. Restore the folder.") from error
-    schema = data.get("schema") if isinstance(data, dict) else None
-    if isinstance(schema, bool) or schema != SCHEMA:
-        raise ModelError(
-            f"{shown}: the schema of its {CARD} is {json.dumps(schema)[:20]}, this version reads {SCHEMA}. "
-            "Load it with the fedhead that wrote it."
-        )
-    try:
-        return _Card.model_validate(data)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ModelError(f"{shown}: {where} in its {CARD} is not valid. Restore the folder.") from error
-
-
-def _read_head(folder: Path, card: _Card, shown: str) -> dict[str, Tensor]:
-    """The tensors of head.safetensors; hashed before a byte is interpreted."""
-    try:
-        content = (folder / HEAD).read_bytes()
-    except OSError as error:
-        raise ModelError(f"{shown}: its {HEAD} is missing or can't be read. Restore the folder.") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != card.sha256:
-        raise ModelError(
-            f"{shown}: {HEAD} has the sha256 {found[:12]}, {CARD} says {card.sha256[:12]}: one of them was changed. "
-            "Restore the folder."
-        )
-    try:
-        return load_tensors(content)
-    except (SafetensorError, ValueError) as error:
-        raise ModelError(f"{shown}: {HEAD} holds no tensors. Restore the folder.") from error
 
 
 def _fill(trainable: Trainable, state: Mapping[str, Tensor], shown: str) -> None:

@@ -28,7 +28,7 @@ from fedhead.client.workplace import LEDGER
 from fedhead.common import progress
 from fedhead.common.config import RunConfig, changed, find_recipe
 from fedhead.common.errors import DataError, InputError, RunError
-from fedhead.common.models.saved import HEAD
+from fedhead.common.models.card import HEAD
 from fedhead.common.planned import most_participations, planned_noise
 from fedhead.common.preparation import make_trainable
 from fedhead.common.privacy.accounting import rows_of

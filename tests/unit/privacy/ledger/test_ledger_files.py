@@ -264,6 +264,7 @@ def test_a_ledger_that_may_not_be_written():
         os._exit(0)
     os.waitpid(child, 0)
     said = os.read(read, 10_000).decode().splitlines()
+    folder.chmod(0o755)
     shutil.rmtree(folder)
     assert said.pop() == "3 rows"
     assert len(said) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from copy import copy
 from dataclasses import dataclass, replace
@@ -196,15 +196,22 @@ def verify(connection: sqlite3.Connection, path: Path, holder: str | None) -> in
     return count
 
 
+def by_holder(declarations: Iterable[Declaration]) -> dict[str, list[Declaration]]:
+    """Holder -> its declarations, in their order."""
+    found: dict[str, list[Declaration]] = {}
+    for one in declarations:
+        found.setdefault(one.holder, []).append(one)
+    return found
+
+
 def as_declared(state: State, declarations: Iterable[Declaration]) -> State:
     """A state as it would be with these declarations of its holder written; `state` itself stays what it is."""
     found = copy(state)
     found.domains = dict(state.domains)
     for one in declarations:
-        if one.holder == state.holder:
-            before = found.domains.get(one.domain, Domain())
-            disjoint = tuple(sorted(set(one.disjoint_from) - {one.domain}))
-            found.domains[one.domain] = replace(before, terms=one.terms, disjoint_from=disjoint)
+        before = found.domains.get(one.domain, Domain())
+        disjoint = tuple(sorted(set(one.disjoint_from) - {one.domain}))
+        found.domains[one.domain] = replace(before, terms=one.terms, disjoint_from=disjoint)
     return found
 
 
@@ -213,10 +220,10 @@ def summaries(state: State, delta: float | None) -> list[DomainSummary]:
     return [_summary(state, name, domain, delta) for name, domain in sorted(state.domains.items())]
 
 
-def unwritten(declarations: Sequence[Declaration]) -> list[DomainSummary]:
+def unwritten(declarations: Iterable[Declaration]) -> list[DomainSummary]:
     """The summaries that a ledger without any row would give after these declarations."""
-    names = sorted({one.holder for one in declarations})
-    return [found for name in names for found in summaries(as_declared(State(name), declarations), None)]
+    named = sorted(by_holder(declarations).items())
+    return [found for name, own in named for found in summaries(as_declared(State(name), own), None)]
 
 
 def _summary(state: State, name: str, domain: Domain, delta: float | None) -> DomainSummary:

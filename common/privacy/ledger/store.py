@@ -208,9 +208,7 @@ class Ledger(Transactions):
         declared : sequence of Declaration, optional
             As if these had been declared, too; nothing is written.
         """
-        named: dict[str, list[Declaration]] = {}
-        for one in declared:
-            named.setdefault(one.holder, []).append(one)
+        named = reading.by_holder(declared)
         names = sorted({*self.holders(), *named}) if holder is None else [holder]
         with self._reading():
             states = (reading.as_declared(self._state(name), named.get(name, ())) for name in names)

@@ -5,10 +5,9 @@
 Time: CPU time of a whole round less that of the same 100 holders' training alone, which takes turns with it in the same
 process; a holder's share of the difference, as the median over rounds. Goal: at most 1 ms a holder and round.
 
-Memory: the same 40,000 x 512 features (82 MB), in a file that is mapped into memory as the feature cache's are, spread
-over 10, 100 and 1,000 holders, each in a process of its own: how far its resident memory grows from before the features
-are opened to the end of the run, as memory of its own and as pages of the mapped file, which the system takes back when
-it needs them. Goal: the features once, whatever the holders.
+Memory: the same 40,000 x 512 features (82 MB), in the feature cache, spread over 10, 100 and 1,000 holders, each in a
+process of its own: how far its resident memory grows from before the features are opened to the end of the run, as
+memory of its own and as pages of the mapped file. Goal: the features once, whatever the holders.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from fedhead.common.config import make_config
 from fedhead.common.config.schema import SGD, RunConfig
 from fedhead.common.data.records import Records
 from fedhead.common.features import FeatureSet
+from fedhead.common.features.cache import VALUES, create_array, locked, open_entry, write_manifest, written_aside
 from fedhead.common.models.backbones import load_backbone
 from fedhead.common.preparation import Labelled, Split, make_trainable
 from fedhead.common.privacy.noise import simulation_streams
@@ -45,6 +45,7 @@ from fedhead.simulations.simulate import quiet, threads
 
 RECORDS, FEATURES, LABELS, ASKED = 40_000, 512, 10, 100
 GOAL_MS = 1.0
+KEY = "features"
 
 
 def recipe(holders: int, rounds: int) -> RunConfig:
@@ -61,16 +62,25 @@ def recipe(holders: int, rounds: int) -> RunConfig:
     )
 
 
-def prepared_for(config: RunConfig, file: Path) -> Prepared:
-    """What `prepare` makes, from random vectors in a mapped file."""
-    values = torch.from_numpy(np.load(file, mmap_mode="c"))
+def store(cache: Path) -> None:
+    """Random vectors as an entry of the feature cache."""
+    with locked(cache, KEY), written_aside(cache, KEY) as part:
+        values = create_array(part / VALUES, "float32", (RECORDS, FEATURES))
+        values[:] = np.random.default_rng(0).standard_normal((RECORDS, FEATURES), dtype=np.float32)
+        write_manifest(part, KEY, {VALUES: values})
+
+
+def prepared_for(config: RunConfig, cache: Path) -> Prepared:
+    """What `prepare` makes, from features that are cached."""
+    features = open_entry(cache, KEY)
+    assert features is not None
     targets = torch.arange(RECORDS) % LABELS
     head = Records.from_memory("vector", np.zeros((10, FEATURES)), np.arange(10))
-    test = Labelled(FeatureSet(values[:1000]), targets[:1000])
+    test = Labelled(features.slice(0, 1000), targets[:1000])
     rows = np.random.default_rng(0).permutation(RECORDS)
     split = Split(head.select(rows % len(head)), head, np.split(rows, config.holders.count), [])
     backbone = load_backbone(config.model, Path.cwd(), vector_size=FEATURES)
-    return Prepared(config, split, backbone, Labelled(FeatureSet(values), targets), test, {})
+    return Prepared(config, split, backbone, Labelled(features, targets), test, {})
 
 
 def overhead(prepared: Prepared) -> dict[str, float]:
@@ -122,27 +132,27 @@ def resident() -> dict[str, float]:
     return {name: int(found.group(1)) / 1000 for name, found in sizes.items() if found}
 
 
-def grown(holders: int, file: Path) -> dict[str, float]:
+def grown(holders: int, cache: Path) -> dict[str, float]:
     """How far resident memory grows over a short run, in MB."""
     with tempfile.TemporaryDirectory() as folder, threads(True), quiet():
         config = recipe(holders, 12)
         ledgers = [Path(folder) / f"{name}.sqlite" for name in ("warm", "run")]
-        few = prepared_for_nothing(file)
+        few = prepared_for_nothing(cache)
         federate(few, recipe(2, 2), Path(folder) / "warm", "inprocess", None, ledger=ledgers[0])
         before, after = resident(), {}
 
         def look(stage: str, done: int, total: int, note: str) -> None:
             after.update(resident())
 
-        prepared = prepared_for(config, file)
+        prepared = prepared_for(config, cache)
         with progress.listening(look):
             federate(prepared, config, Path(folder) / "run", "inprocess", None, ledger=ledgers[1])
     return {name: after[name] - before[name] for name in after}
 
 
-def prepared_for_nothing(file: Path) -> Prepared:
+def prepared_for_nothing(cache: Path) -> Prepared:
     """A run over a few records, so that all code and its buffers are in memory before counting starts."""
-    prepared = prepared_for(recipe(2, 2), file)
+    prepared = prepared_for(recipe(2, 2), cache)
     few = Labelled(FeatureSet(torch.zeros(10, FEATURES)), torch.arange(10))
     split = Split(prepared.split.train, prepared.split.test, [np.arange(5), np.arange(5, 10)], [])
     return Prepared(prepared.config, split, prepared.backbone, few, few, {})
@@ -153,19 +163,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.memory_of:
-        print(json.dumps(grown(given.memory_of, given.file)))
+        print(json.dumps(grown(given.memory_of, given.cache)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "features.npy"
-        np.save(file, np.random.default_rng(0).standard_normal((RECORDS, FEATURES), dtype=np.float32))
+        cache = Path(folder) / "features"
+        store(cache)
         size = RECORDS * FEATURES * 4 / 1e6
-        time_found = overhead(prepared_for(recipe(1000, given.rounds), file))
+        time_found = overhead(prepared_for(recipe(1000, given.rounds), cache))
         memory = {}
         for holders in (10, 100, 1000):
-            command = [sys.executable, __file__, "--memory-of", str(holders), "--file", str(file)]
+            command = [sys.executable, __file__, "--memory-of", str(holders), "--cache", str(cache)]
             memory[holders] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     if given.json:
         print(json.dumps({**time_found, "features_mb": size, "memory_mb": memory}))

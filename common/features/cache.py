@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -55,7 +56,12 @@ def open_entry(folder: Path, key: str) -> FeatureSet | None:
             name: _map(entry / name, described["dtype"], described["shape"])
             for name, described in manifest["files"].items()
         }
-        return FeatureSet(arrays[VALUES], arrays.get(OFFSETS))
+        values, offsets = arrays[VALUES], arrays.get(OFFSETS)
+        return FeatureSet(
+            torch.from_numpy(values),
+            None if offsets is None else torch.from_numpy(offsets),
+            values.base if isinstance(values.base, mmap.mmap) else None,
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -125,14 +131,14 @@ def write_manifest(part: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
     path.write_text(json.dumps(manifest, indent=1))
 
 
-def _map(path: Path, dtype: str, shape: list[int]) -> torch.Tensor:
+def _map(path: Path, dtype: str, shape: list[int]) -> np.ndarray:
     size = int(np.dtype(dtype).itemsize * np.prod(shape, dtype=np.int64))
     if path.stat().st_size != size:
         raise ValueError("the file has another size than its manifest says")
     if size == 0:
-        return torch.from_numpy(np.zeros(shape, dtype))
-    # Copy on write: whatever is written to the tensor by mistake never reaches the file.
-    return torch.from_numpy(np.memmap(path, dtype=dtype, mode="c", shape=tuple(shape)))
+        return np.zeros(shape, dtype)
+    # Copy on write: whatever is written to the array by mistake never reaches the file.
+    return np.memmap(path, dtype=dtype, mode="c", shape=tuple(shape))
 
 
 def _digest(manifest: dict[str, Any]) -> str:

@@ -139,7 +139,8 @@ def _found_or_computed(
 ) -> FeatureSet:
     if cache is None:
         arrays = _compute(backbone, records, settings, progress, allocate=_in_memory, spool=io.BytesIO())
-        return FeatureSet(*(torch.from_numpy(array) for array in arrays.values()))
+        own = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return FeatureSet(own[VALUES], own.get(OFFSETS))
     key = cache_key(backbone, records, settings)
     found = open_entry(cache, key)
     if found is None:

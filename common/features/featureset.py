@@ -5,12 +5,14 @@ N records, B records of a batch, T tokens, H numbers a token.
 
 from __future__ import annotations
 
+import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-BLOCK = 65_536  # rows looked at at once
+BLOCK_BYTES = 8 * 2**20  # looked at at once
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -24,10 +26,14 @@ class FeatureSet:
         May be mapped from a file: treat it as read-only.
     offsets : Tensor, int64, shape (N + 1,), or None
         Record i has the tokens `offsets[i]` to `offsets[i + 1]`; None when all records have one shape.
+    mapped : mmap, or None
+        The file that `values` are mapped from, whole and from its first byte. A pass over all records then gives each
+        block's memory back to the system once it has been looked at; the file still has it.
     """
 
     values: Tensor
     offsets: Tensor | None = None
+    mapped: mmap.mmap | None = None
 
     def __repr__(self) -> str:
         return f"FeatureSet({len(self)} records, shape={self.shape}, ragged={self.offsets is not None})"
@@ -73,11 +79,12 @@ class FeatureSet:
         return padded, lengths
 
     def take(self, order: Tensor) -> FeatureSet:
-        """A copy of the records at these positions, in this order."""
+        """A copy of the records at these positions, in this order; not mapped."""
         if self.offsets is None:
-            return FeatureSet(self.values[order])
+            return FeatureSet(self._rows(order))
         places, lengths = self.places(order)
-        return FeatureSet(self.values[places], torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]))
+        assert isinstance(places, Tensor)
+        return FeatureSet(self._rows(places), torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]))
 
     def places(self, index: Tensor | slice) -> tuple[Tensor | slice, Tensor]:
         """Where the tokens of some records lie in the values of a ragged set.
@@ -109,9 +116,30 @@ class FeatureSet:
 
     def finite(self) -> Tensor:
         """Which records have finite features only: bool, shape (N,). A corrupt image's features are all NaN."""
-        blocks = [self.values[start : start + BLOCK] for start in range(0, max(1, len(self.values)), BLOCK)]
-        good = torch.cat([block.isfinite().flatten(1).all(1) for block in blocks])
+        good = torch.cat([block.isfinite().flatten(1).all(1) for _, block in self._blocks()])
         if self.offsets is None:
             return good
         bad = torch.cat([torch.zeros(1, dtype=torch.int64), (~good).cumsum(0)])
         return bad[self.offsets[1:]] == bad[self.offsets[:-1]]
+
+    def _rows(self, order: Tensor) -> Tensor:
+        """A copy of these rows of the values, which are read from the first to the last, whatever the order."""
+        if self.mapped is None:
+            return self.values[order]
+        found = torch.empty((len(order), *self.shape), dtype=self.values.dtype)
+        wanted, places = order.sort()
+        for start, block in self._blocks():
+            first, last = torch.searchsorted(wanted, torch.tensor([start, start + len(block)])).tolist()
+            found[places[first:last]] = block[wanted[first:last] - start]
+        return found
+
+    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """The values block by block, each with its first row; at least one, which may be empty."""
+        width = max(1, self.values[:1].nbytes)
+        rows = max(1, BLOCK_BYTES // width)
+        for start in range(0, max(1, len(self.values)), rows):
+            yield start, self.values[start : start + rows]
+            if self.mapped is not None:
+                whole = start * width // mmap.PAGESIZE * mmap.PAGESIZE
+                size = min((start + rows) * width, len(self.mapped)) - whole
+                self.mapped.madvise(mmap.MADV_DONTNEED, whole, size)

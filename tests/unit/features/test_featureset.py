@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import mmap
+import re
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
-from fedhead.common.features import FeatureSet
+from fedhead.common.features import FeatureSet, featureset
 
 
 def ragged() -> FeatureSet:
@@ -67,3 +72,52 @@ def test_finite_finds_the_records_with_nan_or_infinity() -> None:
     tokens = ragged()
     tokens.values[3, 0] = torch.nan
     assert tokens.finite().tolist() == [True, True, False, True]
+
+
+def mapped(path: Path, values: torch.Tensor, offsets: torch.Tensor | None = None) -> FeatureSet:
+    values.numpy().tofile(path)
+    stored = np.memmap(path, values.numpy().dtype, mode="c", shape=tuple(values.shape))
+    assert isinstance(stored.base, mmap.mmap)
+    return FeatureSet(torch.from_numpy(stored), offsets, stored.base)
+
+
+@pytest.mark.parametrize("block", [1, 40, 5_000, 2**30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("sequences", [False, True])
+def test_features_of_a_mapped_file_are_those_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, dtype: torch.dtype, sequences: bool
+) -> None:
+    monkeypatch.setattr(featureset, "BLOCK_BYTES", block)
+    rng = np.random.default_rng(block)
+    values = torch.from_numpy(rng.standard_normal((4_001, 3))).to(dtype)
+    values[[0, 17, 4_000]] = torch.nan
+    offsets = torch.from_numpy(np.sort(np.append(rng.integers(0, 4_002, 99), [0, 4_001]))) if sequences else None
+    own, stored = FeatureSet(values.clone(), offsets), mapped(tmp_path / "values.bin", values, offsets)
+    order = torch.from_numpy(rng.integers(0, len(own), 2 * len(own)))
+    for rows in (order, order.sort().values, order[:0], order[:1]):
+        found, wanted = stored.take(rows), own.take(rows)
+        assert found.mapped is None
+        assert torch.equal(found.values.nan_to_num(9), wanted.values.nan_to_num(9))
+        assert found.values.dtype == dtype
+        assert sequences is (found.offsets is not None)
+        assert found.offsets is None or torch.equal(found.offsets, wanted.offsets)
+    assert torch.equal(stored.finite(), own.finite())
+
+
+def test_a_pass_over_a_mapped_file_leaves_none_of_it_in_memory(tmp_path: Path) -> None:
+    def resident() -> int:
+        """Bytes of the file that this process holds in memory."""
+        parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+        found = [re.search(r"^Rss:\s+(\d+) kB", part, re.MULTILINE) for part in parts if "resident.bin" in part]
+        assert found
+        return sum(int(one.group(1)) * 1024 for one in found if one)
+
+    size = 3 * featureset.BLOCK_BYTES + 40_000
+    stored = mapped(tmp_path / "resident.bin", torch.ones(size // 40, 10))
+    assert stored.nbytes // 2 < float(stored.values.sum()) * 4
+    assert resident() > stored.nbytes * 0.9
+    stored.finite()
+    assert resident() < 2 * mmap.PAGESIZE
+    stored.take(torch.arange(len(stored)).flip(0))
+    assert resident() < 2 * mmap.PAGESIZE
+    assert bool((stored.values == 1).all())

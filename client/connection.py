@@ -7,8 +7,8 @@
 
 What is sent is one request without a body and without saying that it has none. The server's gate looks at the signature
 in its headers first, and at the length of the body next: 401 with a fixed text says what is wrong with the key or the
-clock, 411 that nothing is. It ends there, so that a node of this holder that runs is not disturbed. Nothing of the
-records, their number or this holder's name is in it.
+clock, 411 that nothing is, and whose key it is there. It ends with that, so that a node of this holder that runs is not
+disturbed. Nothing of the records, their number or this holder's name is in it.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def connection(holder: HolderFile, *, connect: bool = True, joining: bool = Fals
     if found_ca is not None:
         yield found_ca
     if holder.key is not None:
-        yield key.fault or _known(answer, joining)
+        yield key.fault or _known(answer, joining, holder.name)
     if answer is not None:
         yield _clock(answer)
 
@@ -164,11 +164,17 @@ def _reached(answer: Answer, server: str, now: datetime) -> Finding:
     return Finding("server", state, f"{server} answers over TLS; its certificate {shown}", remedy)
 
 
-def _known(answer: Answer | None, joining: bool) -> Finding:
+def _known(answer: Answer | None, joining: bool, name: str) -> Finding:
     """What the server says to the holder's key."""
     if answer is None:
         return Finding("key", "ok", "closed to others; not shown to the server")
     if answer.status == _TAKEN:
+        there = _said(answer.body, "name")
+        if isinstance(there, str) and there != name:
+            return Finding(
+                "key", "remedy", f'at the server it is the key of "{_shown(there)}", and name is "{name}"',
+                f"Take the key that the coordinator made for {name}, or correct name.",
+            )  # fmt: skip
         return Finding("key", "ok", "closed to others, and known to the server")
     if answer.status >= 500:  # more connections than it takes, or what lies before it while it starts
         return Finding(
@@ -181,7 +187,7 @@ def _known(answer: Answer | None, joining: bool) -> Finding:
             "key", "remedy", f"what answers is no server of fedhead (status {answer.status})",
             "Check the port with the coordinator.",
         )  # fmt: skip
-    said = _detail(answer.body)
+    said = _said(answer.body, "detail")
     if said == _UNKNOWN_KEY:
         return Finding(
             "key", "remedy", "the server doesn't know it",
@@ -192,12 +198,12 @@ def _known(answer: Answer | None, joining: bool) -> Finding:
     return Finding("key", "remedy", "the server doesn't take its signature", "Ask the coordinator what its log says.")
 
 
-def _detail(body: bytes) -> object:
+def _said(body: bytes, what: str) -> object:
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):
         return None
-    return found.get("detail") if isinstance(found, dict) else None
+    return found.get(what) if isinstance(found, dict) else None
 
 
 def _clock(answer: Answer) -> Finding:

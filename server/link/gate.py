@@ -50,6 +50,9 @@ class Gate:
     caller : bytes, optional
         Header that says who asks, once it is proved. Nobody then has more than MOST_AT_ONCE requests under way, nor
         bodies of more than `most_bytes` together (503): one caller can't take the memory or the connections of all.
+    name_of : function, optional
+        From the value of `caller` to the caller's registered name. Whoever is proved and sends no length is told it, so
+        that a data holder finds out that it has another's key; nobody else is told any name.
     figures : optional
         Gets every request. Paths that are not allowed are counted under one name, so that nobody can make names.
     """
@@ -57,12 +60,12 @@ class Gate:
     def __init__(
         self, application: Application, allowed: Callable[[str], bool], most_bytes: int, *,
         proof: Callable[[dict[bytes, bytes]], str | None] | None = None, caller: bytes | None = None,
-        figures: Figures | None = None,
+        name_of: Callable[[bytes], str | None] | None = None, figures: Figures | None = None,
     ) -> None:  # fmt: skip
         self._application = application
         self._allowed = allowed
         self._most = most_bytes
-        self._proof, self._caller = proof, caller
+        self._proof, self._caller, self._name_of = proof, caller, name_of
         self._under_way: dict[bytes, list[int]] = {}  # caller -> lengths of the bodies of its requests
         self._figures = figures
 
@@ -87,7 +90,8 @@ class Gate:
                 else:
                     refusal = 503, BUSY
             if refusal is not None:
-                await _refuse(send if self._figures is None else count.send, *refusal)
+                name = self._name(scope) if refusal[0] == 411 else None
+                await _refuse(send if self._figures is None else count.send, *refusal, name)
             else:
                 await self._application({**scope, GONE: count.gone}, count.receive, count.send)
         finally:
@@ -97,6 +101,12 @@ class Gate:
             if self._figures is not None:
                 route = scope["path"] if allowed else _OTHER
                 self._figures.request(route, count.status, count.received, count.sent, time.monotonic() - start)
+
+    def _name(self, scope: Scope) -> str | None:
+        """The name of a caller whose proof is good."""
+        if self._proof is None or self._caller is None or self._name_of is None:
+            return None
+        return self._name_of(dict(scope["headers"])[self._caller])
 
     def _may_begin(self, who: bytes, length: int) -> bool:
         lengths = self._under_way.setdefault(who, [])
@@ -172,8 +182,8 @@ class _Count:
         await self._send(message)
 
 
-async def _refuse(send: Send, status: int, text: str) -> None:
-    body = json.dumps({"detail": text}).encode()
+async def _refuse(send: Send, status: int, text: str, name: str | None = None) -> None:
+    body = json.dumps({"detail": text} if name is None else {"detail": text, "name": name}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -7,6 +7,7 @@ because its key is proved. Pushing, fetching and confirming look at whose messag
 from __future__ import annotations
 
 import asyncio
+from base64 import b64decode
 from collections import defaultdict
 from typing import Annotated, Any, Final
 
@@ -86,7 +87,7 @@ def make_public(inner: FastAPI, registry: Registry, bell: Bell, most_bytes: int,
     app.include_router(fleet_router)  # after our own: the first route that fits is taken
     return Gate(
         app, _PATHS.__contains__, most_bytes, proof=node_proof(lambda: registry.nodes), caller=PUBLIC_KEY_HEADER,
-        figures=figures,
+        name_of=lambda caller: registry.name_of(b64decode(caller)), figures=figures,
     )  # fmt: skip
 
 

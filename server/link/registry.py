@@ -63,6 +63,11 @@ class Registry:
                 delete_node(self._state, found.node)
                 log.info("a data holder's key was taken away; its node %d is deleted", found.node)
 
+    def name_of(self, key: bytes) -> str | None:
+        """The data holder that a public key, in PEM, is registered for."""
+        node = self.nodes.get(key)
+        return None if node is None else self.names.get(node)
+
     def online(self) -> tuple[int, int]:
         """How many data holders are connected, and how many are registered."""
         here = set(self.nodes.values())

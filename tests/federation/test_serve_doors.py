@@ -1,6 +1,7 @@
 """Both doors of a real `fedhead serve`: who gets in, and what happens to messages on their way."""
 
 import contextlib
+import json
 import socket
 import ssl
 import threading
@@ -205,6 +206,13 @@ def test_bodies_of_strangers_are_not_read_and_big_ones_of_nobody(server):
     assert " 413 " in head(server, "north", f"content-length: {2**20 + 1}")
     assert " 411 " in head(server, "north", "transfer-encoding: chunked")
     assert " 411 " in head(server, "north")
+    with asked(server, "north", "/v1/fleet/push-object") as connection:
+        answer = b""
+        while not answer.endswith(b"}"):
+            part = connection.recv(4096)
+            assert part, answer
+            answer += part
+    assert json.loads(answer.split(b"\r\n\r\n", 1)[1]) == {"detail": "Length Required", "name": "north"}
 
 
 def test_the_state_is_closed_to_others(server, run):

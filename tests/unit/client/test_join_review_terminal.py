@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fedhead.client.calling import Silence
-from fedhead.client.connection import _detail, _silent
+from fedhead.client.connection import _said, _silent
 
 
 def certificate_for(names):
@@ -30,5 +30,5 @@ def test_names_of_a_certificate_that_was_not_accepted_move_no_cursor():
 
 
 def test_an_answer_that_nests_too_deep_says_nothing():
-    assert _detail(b"[" * 65_536) is None
-    assert _detail(b'{"detail": "clock"}') == "clock"
+    assert _said(b"[" * 65_536, "detail") is None
+    assert _said(b'{"detail": "clock"}', "detail") == "clock"

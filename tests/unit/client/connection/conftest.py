@@ -4,6 +4,7 @@ import contextlib
 import socket
 import sys
 import threading
+from base64 import b64decode
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -97,7 +98,7 @@ def gate(made):
     from fedhead.server.link.gate import Gate
     from fedhead.server.link.proof import node_proof
 
-    known, reached, off = set(), [], [timedelta()]
+    known, reached, off = {}, [], [timedelta()]
 
     async def application(scope, receive, send):
         reached.append(scope["path"])
@@ -105,7 +106,10 @@ def gate(made):
         await send({"type": "http.response.body", "body": b""})
 
     proof = node_proof(lambda: known, lambda: datetime.now(UTC) + off[0])
-    app = Gate(application, lambda path: path.startswith("/v1/fleet/"), 2**20, proof=proof)
+    app = Gate(
+        application, lambda path: path.startswith("/v1/fleet/"), 2**20, proof=proof, caller=b"flwr-public-key",
+        name_of=lambda caller: known.get(b64decode(caller)),
+    )  # fmt: skip
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(
         uvicorn.Config(

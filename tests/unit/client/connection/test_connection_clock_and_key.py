@@ -94,13 +94,43 @@ def test_our_own_servers_gate_tells_known_keys_from_others_and_lets_neither_in(m
     port, known, reached, off = gate
     found = look(made, port)
     assert (found["key"].state, "doesn't know it" in found["key"].text) == ("remedy", True)
-    known.add(
+    known[
         made.node.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    )
+    ] = "st-mary"
     assert states(look(made, port)) == {"server": "ok", "ca": "ok", "key": "ok", "clock": "ok"}
     off[0] = HOUR
     assert look(made, port)["key"].state == "unknown"
     assert reached == []
+
+
+def test_the_key_of_another_holder_is_a_remedy_and_says_whose_it_is(made, gate):
+    port, known, reached, _ = gate
+    pem = made.node.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    known[pem] = "st-john"
+    found = look(made, port)["key"]
+    assert (found.state, '"st-john"' in found.text, '"st-mary"' in found.text) == ("remedy", True, True)
+    known[pem] = "st-mary"
+    assert look(made, port)["key"].state == "ok"
+    assert reached == []
+
+
+@pytest.mark.parametrize(
+    ("body", "state"),
+    [
+        (b'{"detail": "Length Required"}', "ok"),
+        (b'{"name": 5}', "ok"),
+        (b"no json", "ok"),
+        (b'{"name": "st-mary"}', "ok"),
+        (b'{"name": "st-\\u001b[31mjohn"}', "remedy"),
+    ],
+)
+def test_a_server_may_say_no_name_and_a_strange_one_never_reaches_the_terminal(made, speak, body, state):
+    port, _ = speak(made, status=411, body=body)
+    found = look(made, port)["key"]
+    assert found.state == state
+    assert "\x1b" not in found.text
 
 
 @pytest.mark.parametrize(

@@ -161,3 +161,22 @@ def test_the_application_learns_that_the_caller_has_gone():
 
     asyncio.run(run())
     assert seen == ["http.disconnect"]
+
+
+def test_a_proved_caller_without_a_length_is_told_its_registered_name_and_nobody_else_is_told_any():
+    names = {b"me": "north"}
+    gate = make(
+        proof=lambda headers: None if headers.get(b"who") in (b"me", b"you") else "unknown key",
+        caller=b"who", name_of=names.get,
+    )  # fmt: skip
+    told = {}
+    for who in (b"me", b"you", b"stranger"):
+        status, body = ask(gate, headers=[(b"who", who)])
+        told[who] = (status, json.loads(body))
+    assert told == {
+        b"me": (411, {"detail": "Length Required", "name": "north"}),
+        b"you": (411, {"detail": "Length Required"}),
+        b"stranger": (401, {"detail": "unknown key"}),
+    }
+    status, body = ask(gate, headers=[(b"who", b"me"), (b"content-length", b"9" * 30)])
+    assert (status, json.loads(body)) == (413, {"detail": "Content Too Large"})

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from rich.cells import cell_len, set_cell_size
 
 LABEL_COLOURS: Final = 8
 _NAMES: Final = ("ink", "muted", "line", "card", "accent", "plain", "floor", "privacy")
@@ -184,7 +185,7 @@ def label_map(name: str, alt: str, holders: Sequence[str], counts: np.ndarray, l
         axes.set_yticks(np.arange(len(holders)) + 0.5, [short(holder) for holder in holders])
         every = -(-len(labels) // 24)
         shown = list(range(0, len(labels), every))
-        turned = sum(len(short(labels[i])) for i in shown) > 60
+        turned = sum(cell_len(short(labels[i])) for i in shown) > 60
         axes.set_xticks(
             [i + 0.5 for i in shown], [short(labels[i]) for i in shown],
             rotation=40 if turned else 0, ha="right" if turned else "center",
@@ -257,9 +258,9 @@ def new_axes(width: float, height: float, grid: str | None = "y") -> tuple[Figur
 
 
 def short(text: str, most: int = 18) -> str:
-    """A name that fits beside an axis, with nothing that XML can't hold."""
+    """A name that fits beside an axis, with nothing that XML can't hold; a Chinese sign counts as two letters."""
     clean = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)  # XML has no control characters
-    return clean if len(clean) <= most else clean[: most - 1] + "…"
+    return clean if cell_len(clean) <= most else set_cell_size(clean, most - 1).rstrip() + "…"
 
 
 def to_svg(figure: Figure, name: str, alt: str) -> Markup:

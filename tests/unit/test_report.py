@@ -351,3 +351,17 @@ def test_a_chart_alone_in_its_row_does_not_fill_it(tmp_path: Path, epsilon: floa
     right = (np.abs(drawn[:, 800:1140] - drawn[0, 0]).max(-1) <= 2).all(-1)  # rows with nothing in the right third
     empty = max((len(run) for run in "".join("_x"[row] for row in right.astype(int)).split("_")), default=0)
     assert (empty > 300) == math.isinf(epsilon), empty
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("st-mary", "st-mary"),
+        ("a" * 19, "a" * 17 + "…"),
+        ("\x1b\x00", "\ufffd\ufffd"),
+        ("内" * 9, "内" * 9),
+        ("内" * 10, "内" * 8 + "…"),
+    ],
+)
+def test_names_beside_a_picture_take_no_more_place_than_there_is(name: str, shown: str) -> None:
+    assert plots.short(name) == shown

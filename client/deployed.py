@@ -35,9 +35,9 @@ from fedhead.common.preparation import Split, check_kind, featurize, load_backbo
 from fedhead.common.privacy.lattice import check_sums
 from fedhead.common.privacy.ledger import Ledger, LedgerError, Mark, stored_mark
 from fedhead.common.refusals import OTHER_BACKBONE, refusal
-from fedhead.common.results import write_aside
 from fedhead.common.round_request import RoundRequest
 from fedhead.common.tasks import make_task
+from fedhead.common.writing import write_aside
 
 log = logging.getLogger("fedhead.client")
 

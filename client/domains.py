@@ -31,7 +31,7 @@ import numpy as np
 from fedhead.common.data.persons import names_of
 from fedhead.common.data.records import Records
 from fedhead.common.errors import FedheadError
-from fedhead.common.results import write_aside
+from fedhead.common.writing import write_aside
 
 Kind = Literal["persons", "records"]
 KINDS: Final[tuple[Kind, ...]] = ("persons", "records")

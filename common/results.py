@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -24,7 +22,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from fedhead.common.errors import InputError
-from fedhead.common.failpoints import reach
+from fedhead.common.writing import write_aside
 
 SCHEMA: Final = 1
 FILE: Final = "result.json"
@@ -300,33 +298,6 @@ class Result:
                 f'RUN_DIR is "{folder}": its {FILE} can\'t be read. Restore the file, or run again.'
             ) from error
         return cls.from_json(text, folder)
-
-
-def write_aside(path: Path, content: bytes, mode: int = 0o666, *, durable: bool = False) -> None:
-    """Write a file so that a reader, or a crash, finds the old one or the whole new one: aside, fsync, rename.
-
-    The permissions are `mode` less what the user's umask takes away. With `durable` the new name, too, survives a crash
-    right afterwards: the folder is flushed as well. An OSError leaves the old file, or with `durable` the new one.
-    """
-    aside = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
-    try:
-        # Not mkstemp: a result has the permissions of any other file of the user.
-        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        reach("file.written")
-        os.replace(aside, path)
-        reach("file.renamed")
-        if durable:
-            handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
 
 
 def _refuse(constant: str) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedhead.common.errors import InputError
 from fedhead.common.privacy.ledger import Mark
-from fedhead.common.results import write_aside
+from fedhead.common.writing import write_aside
 from fedhead.server.rounds import RoundRecord
 
 FOLDER = "checkpoints"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedhead.common.errors import InputError
 from fedhead.common.privacy.ledger import Mark
-from fedhead.common.results import write_aside
+from fedhead.common.writing import write_aside
 
 
 def read_marks(path: Path) -> dict[str, Mark]:

@@ -24,7 +24,7 @@ from fedhead.common.errors import InputError
 from fedhead.common.privacy.accounting import Spent
 from fedhead.common.privacy.filters import Totals, spent
 from fedhead.common.privacy.ledger import DomainSummary, Ledger, Mark, RunSummary, load_key, statement
-from fedhead.common.results import write_aside
+from fedhead.common.writing import write_aside
 from fedhead.simulations.ledger_files import KEY, ledger_files, newest
 
 DELTA: Final = 1e-5

@@ -14,7 +14,8 @@ from typing import Any, Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fedhead.common.results import Result, write_aside
+from fedhead.common.results import Result
+from fedhead.common.writing import write_aside
 from fedhead.simulations import plots
 from fedhead.simulations.charts import MOST_ROWS, charts_of, pictures_of
 from fedhead.simulations.show import (

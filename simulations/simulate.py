@@ -18,7 +18,8 @@ from fedhead.common.config import RunConfig, changed, find_recipe
 from fedhead.common.config.places import path_from
 from fedhead.common.errors import InputError
 from fedhead.common.preparation import default_cache
-from fedhead.common.results import SEEDS, Result, write_aside
+from fedhead.common.results import SEEDS, Result
+from fedhead.common.writing import write_aside
 from fedhead.simulations.faults import plainly
 from fedhead.simulations.federation import Engine, run
 from fedhead.simulations.folders import SEED, claimed

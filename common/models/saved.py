@@ -35,8 +35,8 @@ from fedhead.common.models.backbones import Backbone, load_backbone
 from fedhead.common.models.card import CARD, HEAD, SCHEMA, read_card, read_head
 from fedhead.common.models.heads import make_head
 from fedhead.common.models.trainable import Trainable
-from fedhead.common.results import write_aside
 from fedhead.common.tasks import Task, make_task
+from fedhead.common.writing import write_aside
 
 ELSEWHERE: Final = (
     "Name the weights of the run: with --weights PATH of fedhead predict, or in Python fedhead.load(..., weights=PATH)."

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from fedhead.common.results import write_aside
+from fedhead.common.writing import write_aside
 from fedhead.server.submitting.session import Stopped
 
 State = Literal["waiting", "running", "finished", "failed", "stopped"]

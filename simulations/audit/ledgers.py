@@ -20,7 +20,7 @@ from fedhead.common.privacy.audit.findings import all_passed
 from fedhead.common.privacy.audit.ledger import Bad, Charged, Reading
 from fedhead.common.privacy.audit.statement import sign_privacy_statement, verify_privacy_statement
 from fedhead.common.privacy.ledger import Ledger, LedgerError, Mark, load_key
-from fedhead.common.results import write_aside
+from fedhead.common.writing import write_aside
 from fedhead.simulations.audit.ledger_checks import Audit, figure_checks, row_checks, witness_checks
 from fedhead.simulations.audit.ledger_composition import Together, across, together
 from fedhead.simulations.audit.ledger_contents import check_contents

@@ -17,7 +17,7 @@ import numpy as np
 from markupsafe import Markup
 
 from fedhead import __version__
-from fedhead.common.results import write_aside
+from fedhead.common.writing import write_aside
 from fedhead.simulations import plots
 from fedhead.simulations.audit import pictures
 from fedhead.simulations.audit.spending import MOST_BARS, moment, pair, spending_of

@@ -16,7 +16,7 @@ from fedhead.client import app as client_app
 from fedhead.common.config import changed, make_config, to_json
 from fedhead.common.errors import InputError, RunError
 from fedhead.common.privacy.ledger import Ledger
-from fedhead.common.results import write_aside
+from fedhead.common.writing import write_aside
 from fedhead.server import app as server_app
 from fedhead.server import checkpoints, marks
 from fedhead.server.app import Coordinator, Deployed

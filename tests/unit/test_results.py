@@ -18,9 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedhead.common import failpoints, results
+from fedhead.common import failpoints, writing
 from fedhead.common.errors import InputError
-from fedhead.common.results import Result, write_aside
+from fedhead.common.results import Result
+from fedhead.common.writing import write_aside
 
 
 def make(**changes: Any) -> Result:
@@ -183,7 +184,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(results.os, "replace", fail)
+    monkeypatch.setattr(writing.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         make(name="other").write(tmp_path)
     assert (tmp_path / "result.json").read_bytes() == before
@@ -208,8 +209,8 @@ def test_a_durable_write_flushes_the_folder_after_the_name(tmp_path: Path, monke
         fsync(handle)
         done.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
 
-    monkeypatch.setattr(results.os, "replace", renamed)
-    monkeypatch.setattr(results.os, "fsync", flushed)
+    monkeypatch.setattr(writing.os, "replace", renamed)
+    monkeypatch.setattr(writing.os, "fsync", flushed)
     write_aside(tmp_path / "a", b"x", 0o600, durable=True)
     assert done == ["file", "rename", "folder"]
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600

@@ -12,9 +12,8 @@ from fedhead.client.holder import MADE, HolderFile
 from fedhead.common.data.records import Records
 from fedhead.common.errors import DataError, FedheadError
 from fedhead.common.privacy.accounting import Spent
-from fedhead.common.privacy.filters import Left, Totals, least, left, spent
-from fedhead.common.privacy.ledger import DomainSummary, Ledger
-from fedhead.common.privacy.ledger.state import TRUSTING
+from fedhead.common.privacy.filters import spent
+from fedhead.common.privacy.ledger import Declaration, DomainSummary, Ledger, unwritten
 from fedhead.common.privacy.terms import Terms
 
 GONE: Final = 1e-3  # share of epsilon below which a budget counts as used up: no useful run fits
@@ -55,11 +54,13 @@ def ledger(holder: HolderFile) -> Iterator[Finding]:
         return
     if not holder.ledger.exists():
         yield Finding("ledger", "ok", "none yet: nothing was ever spent here")
-        yield _own_budget(holder, [])
+        yield _own_budget(holder, [], unwritten([_declared(holder)]))
         return
     try:
         with Ledger(holder.ledger, create=False, read_only=True) as opened:
-            rows, domains, others = opened.verify(), opened.summary(holder.name), opened.holders()
+            rows, others = opened.verify(), opened.holders()
+            domains = opened.summary(holder.name)
+            meant = opened.summary(holder.name, declared=[_declared(holder)])
     except FedheadError as error:
         yield Finding("ledger", "remedy", *apart(error))
         return
@@ -69,7 +70,7 @@ def ledger(holder: HolderFile) -> Iterator[Finding]:
             "ledger", "remedy", f'nothing in it is of "{holder.name}", but of {", ".join(others[:3])}',
             "A budget goes with its name: set name back, or give this holder a storage folder of its own.",
         )  # fmt: skip
-    yield _own_budget(holder, domains)
+    yield _own_budget(holder, domains, meant)
     yield from (_other_budget(one) for one in domains if one.domain != holder.budget.domain)
 
 
@@ -94,43 +95,41 @@ def disjoint(holder: HolderFile, records: Records | DataError) -> Iterator[Findi
         yield _compared(domains, domain, other)
 
 
-def _own_budget(holder: HolderFile, domains: Sequence[DomainSummary]) -> Finding:
-    """The budget of the file's domain, by the file's own terms."""
-    terms = holder.budget.terms()
-    found = next((one for one in domains if one.domain == holder.budget.domain), None)
-    cost = spent(terms, Totals() if found is None else found.totals)
-    rest = _left_of_new(holder, domains) if found is None else found.left_by(terms)
-    parts = [f'"{holder.budget.domain}": {_figures(terms, cost)}']
+def _declared(holder: HolderFile) -> Declaration:
+    """The budget as the next run will declare it."""
+    budget = holder.budget
+    return Declaration(holder.name, budget.domain, budget.terms(), tuple(budget.disjoint_from))
+
+
+def _own_budget(holder: HolderFile, written: Sequence[DomainSummary], meant: Sequence[DomainSummary]) -> Finding:
+    """The budget of the file's domain, by the file's own terms.
+
+    Parameters
+    ----------
+    written, meant : sequence of DomainSummary
+        What the ledger says, and what it will say once this file is declared.
+    """
+    name = holder.budget.domain
+    found = next(one for one in meant if one.domain == name)
+    terms, rest = found.terms, found.left
+    assert terms is not None
+    assert rest is not None
+    parts = [f'"{name}": {_figures(terms, spent(terms, found.totals))}']
     parts.append(f"left {left_as(rest.epsilon)}" + (" for full-batch runs" if terms.poisson_share else ""))
     if terms.poisson_share:
         delta = delta_left_as(rest.poisson_delta)
         parts.append(f"{left_as(rest.poisson_epsilon)} at delta {delta} for Poisson plans")
-    if found is not None and found.overlapping:
+    if found.overlapping:
         parts.append(f"counted together with {', '.join(found.overlapping)}")
     text = ", ".join(parts)
     if max(rest.epsilon, rest.poisson_epsilon) < GONE * terms.epsilon:
         return Finding("budget", "remedy", text, "Hardly anything is left: requests will be refused. Take other data.")
-    if found is not None and (found.terms, found.disjoint_from) != (terms, tuple(sorted(holder.budget.disjoint_from))):
+    before = next((one for one in written if one.domain == name), found)
+    if (before.terms, before.disjoint_from) != (terms, found.disjoint_from):
         return Finding(
             "budget", "warning", text, "The ledger has other terms; those of this file count from the next run."
         )
     return Finding("budget", "ok", text)
-
-
-def _left_of_new(holder: HolderFile, domains: Sequence[DomainSummary]) -> Left:
-    """What is left of a domain that the ledger doesn't know yet, after those that it does."""
-    budget = holder.budget
-    counted = [
-        one
-        for one in domains
-        if one.units != (TRUSTING,)  # counts in no other domain
-        and not (one.domain in budget.disjoint_from and budget.domain in one.disjoint_from)
-    ]
-    shared = Totals()
-    for one in counted:
-        shared = shared.plus(one.totals)
-    others = (left(one.terms, one.shared) for one in counted if one.terms is not None)
-    return least(left(budget.terms(), shared), *others)
 
 
 def _other_budget(found: DomainSummary) -> Finding:

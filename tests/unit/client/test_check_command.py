@@ -197,6 +197,26 @@ def test_what_is_left_counts_the_terms_of_overlapping_domains(here, known):
     assert math.floor(rest * 1000) / 1000 == float(shown) < 0.6
 
 
+@pytest.mark.parametrize("mutual", [True, False])
+def test_what_is_left_is_what_the_next_run_will_find(here, mutual):
+    """A domain that this file newly declares disjoint no longer counts, once that domain declares the same."""
+    spend(here, noise=4.0, rounds=1)
+    holder = load_holder(here / "holder.toml")
+    change(here, 'domain = "adults"', 'domain = "adults"\ndisjoint_from = ["other"]')
+    with Ledger(holder.ledger) as ledger:
+        ledger.declare(holder.name, "other", Terms(8.0, 1e-6), ["adults"] if mutual else [])
+        event = GaussianEvent(2.0, 1.0, 1)
+        ledger.reserve([Reservation(holder.name, "other", "r", 1, "1", event, "person", "f", "n")])
+    (own,) = [one for one in found(here, "budget") if '"adults"' in one.text]
+    assert own.state == "warning"
+    assert ("counted together with other" in own.text) is not mutual
+    with Ledger(holder.ledger) as ledger:
+        ledger.declare(holder.name, "adults", holder.budget.terms(), ["other"])
+        (rest,) = [one.left.epsilon for one in ledger.summary(holder.name) if one.domain == "adults"]
+    (shown,) = re.findall(r"left ([0-9.]+)", own.text)
+    assert math.floor(rest * 1000) / 1000 == float(shown)
+
+
 def test_a_budget_that_is_gone_is_told(here):
     most = load_holder(here / "holder.toml").budget.terms().mu_squared
     spend(here, noise=(most - 1e-12) ** -0.5, rounds=1)

@@ -156,7 +156,10 @@ class Admission:
             return Admitted()
         try:
             if asked.seen is not None and not self.ledger.has(holder, asked.seen):
-                log.error("%s: the ledger is older than the server has seen it: restore the newest copy", holder)
+                log.error(
+                    "%s: the ledger is older than the server has seen it: restore the newest copy, or stop what joins "
+                    "with this key and another ledger", holder,
+                )  # fmt: skip
                 raise refusal(OLD_LEDGER)
             outcome = self._expected.pop((holder, asked.digest), None)
             expected = outcome is not None

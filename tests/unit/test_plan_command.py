@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -15,7 +16,7 @@ from fedhead.common.config import changed, make_config
 from fedhead.common.errors import RunError
 from fedhead.common.privacy.accounting import epsilon
 from fedhead.common.privacy.events import CountEvent, GaussianEvent, PoissonEvent
-from fedhead.common.privacy.ledger import Granted, Ledger, Reservation
+from fedhead.common.privacy.ledger import Granted, Ledger, Plan, Reservation
 from fedhead.common.privacy.terms import Terms
 from fedhead.simulations import plans
 from fedhead.simulations.afford import parts_of
@@ -227,6 +228,27 @@ def test_a_named_ledger_counts_with_its_own_terms_and_overlaps(planned, tmp_path
     assert wide["notes"]["budget"]["spent_before"] == pytest.approx(epsilon([GaussianEvent(2.5, 1, 1)], 1e-5).epsilon)
     assert wide["notes"]["budget"]["admitted"]
     assert not tight["notes"]["budget"]["admitted"]
+
+
+def test_what_was_spent_is_stated_at_the_delta_that_it_was_charged_at(plan, planned, tmp_path):
+    """A Poisson plan that was charged at delta 4e-6 can't be stated at 1e-6, which later terms ask for."""
+    sampled = PoissonEvent(4.0, 1.0, 0.01, 5)
+    with Ledger(tmp_path / "l") as ledger:
+        ledger.declare("st-mary", "notes", Terms(6.0, 1e-5, 0.5))
+        once = replace(sampled, steps=1)
+        bought = Plan(sampled, 4e-6)
+        wanted = Reservation("st-mary", "notes", "old", 1, "d", once, "record", "f", "n", plan=bought)
+        assert isinstance(ledger.reserve([wanted])[0], Granted)
+    (entry,) = planned("r.toml", "--ledger", "l")["holders"]
+    assert entry["budget"]["spent_delta"] == entry["budget"]["delta"] == 1e-5
+    with Ledger(tmp_path / "l") as ledger:
+        ledger.declare("st-mary", "notes", Terms(6.0, 1e-6))
+    (entry,) = planned("r.toml", "--ledger", "l")["holders"]
+    budget = entry["budget"]
+    assert budget["delta"] == 1e-6
+    assert budget["spent_delta"] == 4e-6
+    assert budget["spent_before"] >= epsilon([sampled], 4e-6).epsilon
+    assert "domain notes at delta 4e-6" in plan("r.toml", "--ledger", "l")[1]
 
 
 def test_a_ledger_that_was_begun_with_another_unit_is_no_fit(plan, planned, tmp_path):

@@ -18,7 +18,7 @@ from fedhead.common.tasks import make_task
 from fedhead.server.evaluation import left_out, load_state, outputs_of
 from fedhead.simulations.logs import FILE as HOLDERS_LOG
 from fedhead.simulations.prepared import Prepared
-from fedhead.simulations.show import refusal_text, refusals_of
+from fedhead.simulations.show import refusals_of
 
 
 def holders_of(prepared: Prepared, folder: Path) -> list[dict[str, Any]]:
@@ -75,10 +75,10 @@ def notes_of(prepared: Prepared, result: Result) -> list[str]:
     if corrupt:
         notes.append(f"{corrupt} training records could not be read or gave no finite features; they count as zero.")
     notes += left_out(prepared.test)
-    refusals = refusals_of(result.rounds)
-    if refusals:
-        missing, why = sum(one["times"] for one in refusals), "; ".join(map(refusal_text, refusals))
-        notes.append(f"{missing} update{'' if missing == 1 else 's'} missing: {why}. See {HOLDERS_LOG} in the folder.")
+    missing = sum(one["times"] for one in refusals_of(result.rounds))
+    if missing:
+        are = "update is" if missing == 1 else "updates are"
+        notes.append(f"{missing} {are} missing; {HOLDERS_LOG} in the folder has what each holder wrote.")
     return notes
 
 

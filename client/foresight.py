@@ -252,12 +252,13 @@ def _cheaper(holder: HolderFile, request: RoundRequest, domains: Mapping[str, Do
     """What makes a run fit that is beyond the budget. A Poisson plan's delta is charged whatever the noise."""
     from fedhead.common.privacy.terms import run_parts_of
 
-    usual = "Agree on fewer rounds or more noise with the coordinator."
+    usual, terms = "Agree on fewer rounds or more noise with the coordinator.", holder.budget.terms()
+    rest, run = domains[holder.budget.domain].left_by(terms), run_parts_of(terms)
+    if not rest.mu_squared and not rest.poisson_epsilon:
+        return "Nothing is left of the budget: no run fits. Take other people's records, under another budget.domain."
     if request.mechanism != "poisson":
         return usual
-    terms = holder.budget.terms()
-    room, run = domains[holder.budget.domain].left_by(terms).poisson_delta, run_parts_of(terms)
-    room = room if run is None else min(room, run.poisson_delta)
+    room = rest.poisson_delta if run is None else min(rest.poisson_delta, run.poisson_delta)
     if request.delta <= room:
         return usual
     if not room:

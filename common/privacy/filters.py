@@ -211,8 +211,13 @@ def _stated(terms: Terms, totals: Totals) -> tuple[float, float]:
 
 
 def left(terms: Terms, totals: Totals) -> Left:
-    """What the terms leave beyond the totals; nothing is ever less than 0."""
+    """What the terms leave beyond the totals; nothing is ever less than 0.
+
+    Totals that one part doesn't hold, charged under other terms, leave nothing of the other: nothing is admitted then.
+    """
     parts = parts_of(terms)
+    if not _within(parts, totals):
+        return Left(mu_squared=0.0, epsilon=0.0, delta=parts.delta, poisson_epsilon=0.0, poisson_delta=0.0)
     squared = difference_below(parts.mu_squared, totals.mu_squared)
     return Left(
         mu_squared=squared,

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from runpy import run_path
 
@@ -19,9 +20,9 @@ from fedhead.common.config.schema import FeatureSettings
 from fedhead.common.data.records import Records
 from fedhead.common.errors import DataError
 from fedhead.common.planned import most_participations
-from fedhead.common.privacy.events import CountEvent, GaussianEvent
+from fedhead.common.privacy.events import CountEvent, GaussianEvent, PoissonEvent
 from fedhead.common.privacy.filters import left
-from fedhead.common.privacy.ledger import Ledger, Reservation
+from fedhead.common.privacy.ledger import Granted, Ledger, Plan, Reservation
 from fedhead.server.requests import make_plan
 
 change = run_path(str(Path(__file__).with_name("holder_files.py")))["change"]
@@ -343,3 +344,20 @@ def test_a_poisson_plan_without_a_share_is_told_so_and_one_that_costs_too_much_t
     change(here, "delta = 1e-5", "delta = 1e-5\npoisson_share = 1.0")
     dear = tiny({**POISSON, "privacy.noise_multiplier": 0.5, "privacy.delta": 1e-6})
     assert "more noise" in found(here, dear)["cost"].remedy
+
+
+def test_a_share_that_was_lowered_below_what_was_charged_leaves_nothing_and_no_noise_helps(here, tiny):
+    """Poisson plans were charged under other terms; what is free of the full-batch part can't be used any more."""
+    holder, plan = load_holder(here / "holder.toml"), PoissonEvent(4.0, 1.0, 0.01, 5)
+    once = Reservation(
+        "st-mary", "wards", "r", 1, "1", replace(plan, steps=1), "record", "f", "n", plan=Plan(plan, 2e-6)
+    )
+    with Ledger(holder.ledger) as ledger:
+        ledger.declare("st-mary", "wards", replace(holder.budget.terms(), poisson_share=0.5))
+        assert isinstance(ledger.reserve([once])[0], Granted)
+    cheap = tiny({"privacy.epsilon": 0.01})
+    assert "Nothing is left" in found(here, cheap)["cost"].remedy
+    (budget,) = [one for one in check_holder(here / "holder.toml").findings if one.name == "budget"]
+    assert (budget.state, "left 0.000" in budget.text) == ("remedy", True)
+    change(here, "delta = 1e-5", "delta = 1e-5\npoisson_share = 0.5")
+    assert found(here, cheap)["cost"].state == "ok"

@@ -272,3 +272,17 @@ def test_left_is_what_still_fits(terms, a, b):
     assert rest.epsilon <= whole.epsilon * (1 + 1e-12)
     assert max(rest.epsilon, whole.epsilon) <= terms.epsilon
     assert left(terms, last).mu_squared <= terms.mu_squared * 1e-15
+
+
+@given(BUDGETS, st.floats(0, 2), st.floats(0, 2), st.floats(0, 2))
+@settings(deadline=None, max_examples=200)
+def test_nothing_is_left_where_nothing_is_admitted(terms, a, b, c):
+    """One part may be overspent under other terms: what the other has left is then of no use."""
+    whole = left(terms, Totals())
+    gone = Totals(a * whole.mu_squared, b * whole.poisson_epsilon, c * whole.poisson_delta)
+    rest = left(terms, gone)
+    if admits(terms, gone, gone) is not None:
+        assert (rest.mu_squared, rest.epsilon, rest.poisson_epsilon, rest.poisson_delta) == (0, 0, 0, 0)
+    else:
+        last = gone.plus(Charge(rest.mu_squared, rest.poisson_epsilon, rest.poisson_delta))
+        assert admits(terms, last, last) is None

@@ -73,7 +73,8 @@ def notes_of(prepared: Prepared, result: Result) -> list[str]:
     notes += _persons_notes(prepared)
     corrupt = int((~prepared.train.features.finite()).sum())
     if corrupt:
-        notes.append(f"{corrupt} training records could not be read or gave no finite features; they count as zero.")
+        records = "training record" if corrupt == 1 else "training records"
+        notes.append(f"{corrupt} {records} could not be read or gave no finite features; they count as zero.")
     notes += left_out(prepared.test)
     missing = sum(one["times"] for one in refusals_of(result.rounds))
     if missing:

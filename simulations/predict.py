@@ -19,13 +19,13 @@ from typing import Any, Final, Protocol, TextIO
 import numpy as np
 
 from fedhead.common.config.places import path_from
+from fedhead.common.data.image_folder import image_endings
 from fedhead.common.data.inputs import decode_image
 from fedhead.common.data.sources import load_records
 from fedhead.common.errors import DataError, InputError
 from fedhead.common.models.saved import Model, load_model, vector_size
 
 TABLES: Final = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-IMAGES: Final = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 STDIN: Final = "-"
 BLOCK: Final = 512  # texts read at once; those of one block are sorted by length into even batches
 FEW: Final = 32  # images read at once: decoded photographs are large
@@ -173,7 +173,8 @@ def _target(out: Path | None) -> Iterator[TextIO]:
         return
     aside = out.with_name(f".{out.name}-{os.getpid()}")
     try:
-        with aside.open("w", encoding="utf-8", newline="") as stream:
+        # a file's name may be bytes that are no UTF-8: they come out as they are
+        with aside.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
             yield stream
         os.replace(aside, out)
     except OSError as error:
@@ -213,7 +214,7 @@ def _blocks(inputs: Sequence[str], kind: str, column: str | None, size: int | No
             yield from _folder(Path(given), alone)
         elif suffix in TABLES:
             yield from _table(given, TABLES[suffix], kind, column, size, "" if alone else f"{given}:")
-        elif kind == "image" and suffix in IMAGES:
+        elif kind == "image" and suffix in image_endings():
             yield Block([given], [_open(Path(given))])
         else:
             images = "an image, a folder of images, " if kind == "image" else ""
@@ -251,7 +252,7 @@ def _lines(stream: TextIO, prefix: str) -> Iterator[Block]:
 
 
 def _folder(folder: Path, alone: bool) -> Iterator[Block]:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in image_endings() and path.is_file())
     if not paths:
         raise InputError(f'INPUT is "{folder}": it holds no image. Name a folder with png, jpg or other image files.')
     for start in range(0, len(paths), FEW):

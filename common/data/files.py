@@ -89,7 +89,7 @@ def _read(request: Request, read: Callable[[str], Dataset | DatasetDict]) -> Dat
     finally:
         shutil.rmtree(cache, ignore_errors=True)
     if isinstance(found, DatasetDict):
-        if request.split not in found and len(found) > 1:
+        if request.split not in found and (len(found) > 1 or {*found} <= {"train", "test"}):
             raise DataError(
                 f'{request.shown}: it has no part "{request.split}". Rename one of its parts: {", ".join(found)}.'
             )

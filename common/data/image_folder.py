@@ -20,6 +20,7 @@ from fedhead.common.data.paths import folder_of
 from fedhead.common.errors import DataError
 
 _PARTS, _FILE = ("train", "test"), "file_name"
+_NOT_READ = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}  # Pillow knows their names alone, or needs another program
 
 
 def load_imagefolder(request: Request) -> Loaded:
@@ -73,13 +74,12 @@ def _part(folder: Path, request: Request) -> Path:
     parts = [name for name in _PARTS if (folder / name).is_dir()]
     if not parts:
         return folder
-    if request.split in parts:
-        return folder / request.split
-    if len(parts) > 1:
+    if request.split not in parts:
         raise DataError(
-            f'{request.shown}: it has no part "{request.split}". Rename one of its parts: {", ".join(parts)}.'
+            f'{request.shown}: it has no part "{request.split}", and a part "{parts[0]}". Give a folder with that '
+            "part, or one that holds the labels' folders."
         )
-    return folder / parts[0]
+    return folder / request.split
 
 
 def _images(folder: Path) -> Iterator[Path]:
@@ -93,7 +93,7 @@ def _images(folder: Path) -> Iterator[Path]:
         entered.add(real)
         folders[:] = sorted(name for name in folders if _is_shown(name))
         for name in files:
-            if _is_shown(name) and os.path.splitext(name)[1].lower() in _endings():
+            if _is_shown(name) and os.path.splitext(name)[1].lower() in image_endings():
                 yield Path(place, name).relative_to(folder)
 
 
@@ -102,6 +102,7 @@ def _is_shown(name: str) -> bool:
 
 
 @cache
-def _endings() -> frozenset[str]:
-    """How the names of the formats that Pillow reads end."""
-    return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+def image_endings() -> frozenset[str]:
+    """How the names of image files end, with the dot and in small letters: of the formats that Pillow reads itself."""
+    known = Image.registered_extensions().items()
+    return frozenset(ending for ending, kind in known if kind in Image.OPEN and kind not in _NOT_READ)

@@ -152,8 +152,7 @@ class EncodedImages(Inputs):
 
     def raw(self, rows: np.ndarray) -> list[bytes]:
         """The file's bytes."""
-        # A file that can't be read is still a record of its own: its path stands for it.
-        return [b"missing:" + path.encode() if data is None else data for data, path in self._files(rows)]
+        return [_missing(path) if data is None else data for data, path in self._files(rows)]
 
     def origin(self, row: int) -> str:
         """The file's path, or its row when the image came without one."""
@@ -165,10 +164,7 @@ class EncodedImages(Inputs):
         for value in self._fetch(rows):
             data, path = self._split(value)
             if data is None and path:
-                try:
-                    data = (self._folder / path).read_bytes()
-                except OSError:
-                    data = None
+                data = _content(self._folder / path)
             found.append((data, path))
         return found
 
@@ -179,6 +175,19 @@ class EncodedImages(Inputs):
         if isinstance(value, bytes):
             return value, ""
         return None, "" if value is None else str(value)
+
+
+def _missing(path: str) -> bytes:
+    """What stands for a file that can't be read, which is still a record of its own: its path."""
+    return b"missing:" + path.encode(errors="surrogatepass")
+
+
+def _content(path: Path) -> bytes | None:
+    """What is in a file; None where there is none, also of a path that no file can have, or what a pipe would say."""
+    try:
+        return path.read_bytes() if path.is_file() else None
+    except OSError:
+        return None
 
 
 def decode_image(data: bytes) -> Image.Image | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -234,6 +235,15 @@ def test_images_of_a_folder_and_a_corrupt_one(
     assert rows[3][2:] == ["", ""]
     assert captured.err.count("\n") == 1
     assert "2b.png" in captured.err
+
+
+def test_a_file_name_that_is_no_text_comes_out_as_it_is(models: dict[str, Path], tmp_path: Path) -> None:
+    folder, out = tmp_path / "images", tmp_path / "out.csv"
+    folder.mkdir()
+    Image.new("L", (9, 30), 255).save(folder / "a.png")
+    os.rename(folder / "a.png", os.fsencode(folder) + b"/\xe9.png")
+    assert predict_file(models["Brightness"], [str(folder)], out=out, allow_modules=True) == 0
+    assert b"\n\xe9.png," in out.read_bytes()
 
 
 def test_several_inputs_are_told_apart(

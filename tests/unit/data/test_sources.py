@@ -80,6 +80,11 @@ def test_parquet_and_saved_data_sets_of_images(tmp_path: Path) -> None:
     assert len(load_records("dataset:parts", {}, ["dog", "cat"], tmp_path, split="test")) == 1
     with pytest.raises(DataError, match="Rename one of its parts: train, test"):
         load_records("dataset:parts", {}, ["dog", "cat"], tmp_path, split="validation")
+    datasets.DatasetDict({"train": one}).save_to_disk(tmp_path / "lone")
+    with pytest.raises(DataError, match=r'has no part "test"\. Rename one of its parts: train'):
+        load_records("dataset:lone", {}, ["dog", "cat"], tmp_path, split="test")
+    datasets.DatasetDict({"all": one}).save_to_disk(tmp_path / "named")
+    assert len(load_records("dataset:named", {}, ["dog", "cat"], tmp_path)) == len(one)
 
 
 def test_image_folder_with_a_corrupt_file(images: Path) -> None:
@@ -102,6 +107,38 @@ def test_image_folder_with_parts_without_labels_and_with_one_label(images: Path)
     assert len(load_records("imagefolder:images/dog", {}, None, images)) == 2
     with pytest.raises(DataError, match=r"data\.columns\.label"):
         load_records("imagefolder:images/dog", {}, ["dog"], images)
+
+
+@pytest.mark.parametrize(("there", "asked"), [("train", "test"), ("test", "train")])
+def test_one_part_of_an_image_folder_never_stands_for_the_other(images: Path, there: str, asked: str) -> None:
+    """Metrics of training records would else be shown as of test records."""
+    (images / "images").rename(images / there)
+    (images / "parts").mkdir()
+    (images / there).rename(images / "parts" / there)
+    assert len(load_records("imagefolder:parts", {}, ["dog", "cat"], images, split=there)) == 6
+    with pytest.raises(DataError, match=f'has no part "{asked}", and a part "{there}"'):
+        load_records("imagefolder:parts", {}, ["dog", "cat"], images, split=asked)
+
+
+def test_what_is_no_regular_image_file_is_a_missing_image_or_none_at_all(images: Path) -> None:
+    cat = images / "images" / "cat"
+    os.mkfifo(cat / "7.png")  # whoever opens it waits for somebody who writes
+    os.symlink(b"nowhere", os.fsencode(cat) + b"/\xe9.png")  # a name that is no UTF-8
+    for name in ("film.mpg", "table.h5", "page.eps", "notes.txt"):
+        (cat / name).write_bytes(b"\0")
+    records = load_records("imagefolder:images", {}, ["dog", "cat"], images)
+    assert records.labels.tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
+    assert [image is None for image in records.inputs(slice(None))] == [*[False] * 4, True, True, False, False]
+    assert len({bytes(digest) for digest in records.digests()}) == 8
+
+
+@pytest.mark.parametrize("path", ["x\0.png", "\ud800.png", "a" * 5000, "", ".", "cat"])
+def test_a_path_that_no_file_can_have_is_a_missing_image(images: Path, path: str) -> None:
+    rows = [{"image": f"images/cat/{i}.png", "label": "a"} for i in range(3)] + [{"image": path, "label": "b"}]
+    (images / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    records = load_records("json:t.jsonl", {}, ["a", "b"], images)
+    assert [image is None for image in records.inputs(slice(None))] == [False, False, False, True]
+    assert len({bytes(digest) for digest in records.digests()}) == 4
 
 
 def test_images_by_paths_in_a_table(images: Path) -> None:

@@ -234,7 +234,7 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON can carry it: what is not finite is the text "inf", "-inf" or "nan"."""
         parts = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "folder"}
-        return {"schema": SCHEMA, **cast(dict[str, Any], _finite(parts))}
+        return {"schema": SCHEMA, **cast(dict[str, Any], finite(parts))}
 
     def to_json(self) -> str:
         """The text of result.json: strict JSON, one line a part and one a row, to be read by people too."""
@@ -304,13 +304,14 @@ def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is no JSON")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A copy of what JSON is to hold, in which the numbers that JSON doesn't have are texts: inf, -inf, nan."""
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 

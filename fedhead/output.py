@@ -45,7 +45,9 @@ def emit(found: Any, as_json: bool, show: Any) -> None:
     """Print a result: as one JSON object, or by calling `show`."""
     try:
         if as_json:
-            typer.echo(json.dumps(found))
+            from fedhead.common.results import finite
+
+            typer.echo(json.dumps(finite(found), allow_nan=False))
         else:
             show()
         sys.stdout.flush()

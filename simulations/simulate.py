@@ -18,7 +18,7 @@ from fedhead.common.config import RunConfig, changed, find_recipe
 from fedhead.common.config.places import path_from
 from fedhead.common.errors import InputError
 from fedhead.common.preparation import default_cache
-from fedhead.common.results import SEEDS, Result
+from fedhead.common.results import SEEDS, Result, finite
 from fedhead.common.writing import write_aside
 from fedhead.simulations.faults import plainly
 from fedhead.simulations.federation import Engine, run
@@ -112,7 +112,7 @@ def simulate_seeds(
             prepared = prepare(one, cache_folder(state))
             results.append(run(prepared, folder / f"{SEED}{seed}", name, engine, cache_folder(state), state=state))
         summary = _over_seeds(results)
-        write_aside(folder / SEEDS, (json.dumps(summary, indent=1) + "\n").encode())
+        write_aside(folder / SEEDS, (json.dumps(finite(summary), indent=1, allow_nan=False) + "\n").encode())
     return {**summary, "folder": str(folder)}
 
 

@@ -1,6 +1,7 @@
 """A whole federation in one process: what must not depend on the split or the order, and what is counted."""
 
 import json
+import math
 from pathlib import Path
 from typing import get_args
 
@@ -206,6 +207,14 @@ def test_seeds_give_mean_and_deviation(tiny, tmp_path):
     assert found["mean"] == pytest.approx(np.mean(values))
     assert found["deviation"] == pytest.approx(np.std(values, ddof=1))
     assert json.loads((tmp_path / "runs" / "seeds.json").read_text())["metrics"] == summary["metrics"]
+
+
+def test_seeds_without_privacy_are_json_that_everybody_reads(tiny, tmp_path):
+    """JSON has no Infinity: some readers refuse it, others take it for a large number."""
+    summary = simulate_seeds(tiny({"privacy": {"mechanism": "none"}}), 1, tmp_path / "runs")
+    assert summary["privacy"][0]["epsilon"] == math.inf
+    text = (tmp_path / "runs" / "seeds.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["privacy"][0]["epsilon"] == "inf"
 
 
 def test_seeds_that_have_finished_stay_when_a_later_one_is_refused(tiny, tmp_path, caplog):
